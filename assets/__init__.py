@@ -1,0 +1,1 @@
+"""Weights, small data sets and figures that ship with the library."""

@@ -1,0 +1,1 @@
+"""Jobs from data to report; import them as visionpeft.pipelines."""
