@@ -1,0 +1,112 @@
+"""Where batches come from: tensors held in memory, or a DataLoader where images are many or augmented."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from visionpeft.training.order import seed_all
+
+MEMORY_LIMIT = 2 * 2**30
+"""Bytes of decoded images that one feed may hold."""
+
+
+class Feed(Protocol):
+    """Gives batches of given indices."""
+
+    targets: Tensor
+
+    def __len__(self) -> int: ...
+
+    def batches(self, pieces: Sequence[list[int]], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (inputs [B, ...], targets [B] or [B, C]) for each list of indices, in order."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call an item in an error message."""
+        ...
+
+
+class TensorFeed:
+    """Inputs [N, ...] and targets [N, ...] in memory."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor, images: Any = None) -> None:
+        self.inputs, self.targets, self._images = inputs, targets, images
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batches(self, pieces: Sequence[list[int]], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for piece in pieces:
+            index = torch.tensor(piece, dtype=torch.long)
+            yield self.inputs[index], self.targets[index]
+
+    def name(self, index: int) -> str:
+        return str(index if self._images is None else self._images.path(index))
+
+
+class _Seeded(Dataset):
+    """An image set whose random augmentation of image i is a function of (seed, epoch, i)."""
+
+    def __init__(self, images: Any, seed: int, epoch: int) -> None:
+        self.images, self.seed, self.epoch = images, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        seed_all(self.seed, self.epoch, index)
+        return self.images[index][0]
+
+
+class LoaderFeed:
+    """Images decoded and transformed by DataLoader workers each time they are used."""
+
+    def __init__(self, images: Any, workers: int | None = None) -> None:
+        self.images = images
+        self.targets = torch.from_numpy(np.asarray(images.labels))
+        self.workers = min(4, os.cpu_count() or 1) if workers is None else workers
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, pieces: Sequence[list[int]], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        loader: DataLoader = DataLoader(
+            _Seeded(self.images, seed, epoch), batch_sampler=list(pieces), num_workers=self.workers)
+        for piece, inputs in zip(pieces, loader, strict=True):
+            yield inputs, self.targets[torch.tensor(piece, dtype=torch.long)]
+
+    def name(self, index: int) -> str:
+        return str(self.images.path(index))
+
+
+def make_feed(images: Any, random: bool, workers: int | None = None, limit: int = MEMORY_LIMIT) -> Feed:
+    """The quickest feed that gives these images: decoded once into memory if nothing is random and they fit.
+
+    Args:
+        images: a visionpeft.data.ImageSet whose transform gives tensors.
+        random: whether its transform draws random numbers.
+        workers: DataLoader processes; None chooses.
+        limit: bytes that may be held in memory.
+    """
+    loader = LoaderFeed(images, workers)
+    if random or not len(images):
+        return loader
+    first = images[0][0]
+    if first.numel() * first.element_size() * len(images) > limit:
+        return loader
+    return TensorFeed(decode(loader), loader.targets, images)
+
+
+def decode(loader: LoaderFeed, batch: int = 64) -> Tensor:
+    """All images of `loader` as one tensor [N, C, H, W]."""
+    pieces = [list(range(i, min(i + batch, len(loader)))) for i in range(0, len(loader), batch)]
+    # Starting worker processes costs more than decoding a few hundred small images.
+    source = loader if len(loader) > 512 else LoaderFeed(loader.images, workers=0)
+    return torch.cat([inputs for inputs, _ in source.batches(pieces, 0, 0)])
