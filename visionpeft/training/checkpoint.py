@@ -58,4 +58,4 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} is no readable checkpoint ({error}); delete it to start this run again") from error
+        raise CheckpointError(f"{path} is no readable checkpoint ({error}); delete it to start again") from error

@@ -40,23 +40,16 @@ def _predict(model: nn.Module, feed: Feed, accelerator: Any, batch_size: int) ->
     return logits[:total].cpu()
 
 
-def score(logits: Tensor, targets: Tensor, multi_label: bool = False) -> dict[str, float]:
-    """Top-1 accuracy in [0, 1]; for multi-label targets [N, C] the mean average precision, also as "accuracy".
+def score(logits: Tensor, targets: Tensor, multi_label: bool = False) -> dict[str, Any]:
+    """Scores of visionpeft.metrics, the main one (top-1, or mAP for several labels) also as "accuracy".
 
     Args:
-        logits: [N, C].
+        logits: [N, C], of all processes.
         targets: int64 [N], or float [N, C] when multi_label.
     """
-    functional = require("torchmetrics.functional.classification", extra="train")
-    classes = logits.shape[1]
-    if multi_label:
-        value = float(functional.multilabel_average_precision(logits, targets.long(), num_labels=classes))
-        return {"accuracy": value, "mean_average_precision": value}
-    value = functional.multiclass_accuracy(logits, targets, num_classes=classes, average="micro")
-    return {"accuracy": float(value)}
-
-
-def confusion(logits: Tensor, targets: Tensor) -> Tensor:
-    """Counts [C, C], rows the true class, columns the predicted one."""
-    functional = require("torchmetrics.functional.classification", extra="train")
-    return functional.multiclass_confusion_matrix(logits.argmax(1), targets, num_classes=logits.shape[1])
+    metric = require("visionpeft.metrics", extra="train").metric_for(logits.shape[1], multi_label)
+    # The logits were gathered already: adding up over processes would count each image several times.
+    metric.sync_on_compute = False
+    metric.update(logits, targets)
+    scores = metric.compute()
+    return {"accuracy": scores["map" if multi_label else "top1"], **scores}

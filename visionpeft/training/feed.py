@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from visionpeft.training.order import seed_all
 
-MEMORY_LIMIT = 2 * 2**30
+MEMORY_LIMIT = 1 * 2**30
 """Bytes of decoded images that one feed may hold."""
 
 

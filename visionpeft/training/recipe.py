@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from visionpeft.errors import VisionPEFTError, require
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class RecipeError(VisionPEFTError):
@@ -128,12 +129,30 @@ class _CrossEntropy:
         return F.cross_entropy(logits.float(), target, weights, reduction="none", label_smoothing=self.smoothing)
 
 
-def make_mixup(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """timm's mixup and cutmix, or None when both are off. Batches must be even: use drop_last and an even size."""
+def make_mixup(recipe: Recipe, classes: int) -> Mixing | None:
+    """timm's mixup and cutmix, or None when both are off."""
     if not (recipe.mixup or recipe.cutmix):
         return None
-    if not recipe.drop_last or recipe.batch_size % 2:
-        raise RecipeError("mixup and cutmix pair the images of a batch: use an even --batch-size and --drop-last")
-    timm_data = require("timm.data", extra="timm")
-    return timm_data.Mixup(mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, num_classes=classes,
-                           label_smoothing=recipe.label_smoothing)
+    mixup = require("timm.data.mixup", extra="timm")
+    mix = mixup.Mixup(mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, num_classes=classes,
+                      label_smoothing=recipe.label_smoothing)
+    return _Pairs(mix, mixup.mixup_target, classes, recipe.label_smoothing)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """timm mixes images in pairs and refuses odd batches: here the odd one out stays as it is."""
+
+    mix: Mixing
+    soften: Callable[..., Tensor]
+    classes: int
+    smoothing: float
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [B, C, H, W], targets int64 [B] -> mixed inputs and soft targets [B, classes]."""
+        even = len(inputs) // 2 * 2
+        alone = self.soften(targets[even:], self.classes, 1.0, self.smoothing)
+        if not even:
+            return inputs, alone
+        mixed, soft = self.mix(inputs[:even].clone(), targets[:even])
+        return torch.cat([mixed, inputs[even:]]), torch.cat([soft, alone])

@@ -1,0 +1,182 @@
+"""After training: a run folder or an adapter file back into a model, its predictions, its merged weights."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import visionpeft as vp
+from visionpeft import data
+from visionpeft.errors import AdapterFileError, DataError
+from visionpeft.pipelines.backbone import Backbone, build
+from visionpeft.training import runs
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+@dataclass
+class Deployed:
+    """A model with a trained adapter, in eval mode."""
+
+    model: nn.Module
+    tuner: Any
+    classes: list[str]
+    multi_label: bool
+    spec: data.Preprocessing
+    backbone: Backbone
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image."""
+
+    path: str
+    label: str
+    """The likeliest class; for multi-label models all classes above one half, separated by spaces."""
+    probability: float
+    """Of the likeliest class."""
+    others: list[tuple[str, float]]
+    """The next likeliest classes."""
+
+
+def adapter_path(run: str | Path) -> Path:
+    """The adapter file of a run folder, or the file itself.
+
+    Raises:
+        RunError: there is none.
+    """
+    path = Path(run)
+    path = path / "adapter.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        why = "the raw row has no model" if (path.parent / "result.json").exists() else "is the run finished?"
+        raise runs.RunError(f"{path}: no adapter file here; {why}")
+    return path
+
+
+def restore(run: str | Path, checkpoint: str | None = None) -> Deployed:
+    """Build the backbone that the adapter file names and load the adapter into it.
+
+    Args:
+        checkpoint: where the backbone's weights are now, if not where they were.
+
+    Raises:
+        AdapterFileError: the file does not say what backbone and classes it was made for.
+    """
+    path = adapter_path(run)
+    metadata = vp.state.read_header(path).get("metadata", {})
+    missing = [key for key in ("backbone", "classes", "preprocessing") if key not in metadata]
+    if missing:
+        raise AdapterFileError(f"{path} is not of `visionpeft classify`: its metadata lack {', '.join(missing)}")
+    named = Backbone(**metadata["backbone"])
+    backbone = named if checkpoint is None else Backbone(named.name, checkpoint, named.img_size)
+    model = build(backbone, len(metadata["classes"]), pretrained=metadata.get("pretrained", True))
+    tuner = vp.load(model, path)
+    return Deployed(model.eval(), tuner, metadata["classes"], metadata.get("multi_label", False),
+                    data.Preprocessing.from_dict(metadata["preprocessing"]), backbone)
+
+
+def image_files(images: str | Path) -> list[Path]:
+    """An image file, or all image files below a folder, sorted.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = Path(images)
+    if path.is_file():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise DataError(f"{path}: no images ({', '.join(SUFFIXES)}) found here")
+    return found
+
+
+@torch.no_grad()
+def predict(deployed: Deployed, paths: list[Path], batch_size: int = 32) -> Iterator[Prediction]:
+    """Predictions in the order of `paths`.
+
+    Raises:
+        DataError: an image cannot be read; it is named.
+    """
+    transform = deployed.spec.transform()
+    device = next(deployed.model.parameters()).device
+    for start in range(0, len(paths), batch_size):
+        part = paths[start:start + batch_size]
+        inputs = torch.stack([transform(data.read_image(path)) for path in part])
+        logits = deployed.model(inputs.to(device)).float().cpu()
+        chances = logits.sigmoid() if deployed.multi_label else logits.softmax(1)
+        yield from (_prediction(path, row, deployed) for path, row in zip(part, chances, strict=True))
+
+
+def _prediction(path: Path, chances: Tensor, deployed: Deployed, shown: int = 3) -> Prediction:
+    classes = deployed.classes
+    best = chances.topk(min(shown, len(classes)))
+    ranked = [(classes[int(i)], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
+    label = ranked[0][0]
+    if deployed.multi_label:
+        label = " ".join(name for name, p in zip(classes, chances, strict=True) if p > 0.5)
+    return Prediction(str(path), label, ranked[0][1], ranked[1:])
+
+
+def write_predictions(path: Path, predictions: list[Prediction]) -> None:
+    """CSV with columns path, label, probability."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label", "probability"])
+    writer.writerows([p.path, p.label, f"{p.probability:.6f}"] for p in predictions)
+    runs.write_text(path, text.getvalue())
+
+
+def merged_model(deployed: Deployed) -> nn.Module:
+    """A new timm model without anything of this library, that computes what the adapted one does.
+
+    Raises:
+        MergeError: the method is no change of weights; it is named.
+        AdapterFileError: the merged model does not give the adapted model's output (never seen; checked all the same).
+    """
+    example = torch.randn(2, 3, *deployed.spec.size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = deployed.model(example)
+    deployed.tuner.merge()
+    plain = build(deployed.backbone, len(deployed.classes), pretrained=False).eval()
+    plain.load_state_dict(deployed.model.state_dict())
+    with torch.no_grad():
+        worst = float((plain(example) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if not worst < 1e-3:
+        raise AdapterFileError(f"the merged model is off by {worst:.1e} of the largest logit: please report this")
+    return plain
+
+
+def save_weights(model: nn.Module, path: Path, deployed: Deployed) -> None:
+    """Plain weights in one safetensors file, class names and preprocessing in its header."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    header = {"format": "pt", "classes": json.dumps(deployed.classes),
+              "preprocessing": json.dumps(deployed.spec.to_dict())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata=header)
+
+
+def export(model: nn.Module, path: Path, size: tuple[int, int]) -> None:
+    """A torch.export program for any batch size; opens with torch.export.load alone."""
+    example = torch.zeros(2, 3, *size)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.export.save(program, path)
+
+
+def loading_line(deployed: Deployed, path: Path) -> str:
+    """Python that loads merged weights without this library."""
+    name, size = deployed.backbone.name, deployed.backbone.img_size
+    extra = f", img_size={size}" if size is not None else ""
+    return (f'timm.create_model("{name}", num_classes={len(deployed.classes)}{extra})'
+            f'.load_state_dict(safetensors.torch.load_file("{path}"))')

@@ -1,0 +1,147 @@
+"""The command line: visionpeft classify | predict | merge | inspect | data check."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from visionpeft.errors import VisionPEFTError, require
+
+if TYPE_CHECKING:
+    from visionpeft.pipelines.settings import Sweep
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 1 if cells of a sweep failed or data are wrong; 2 for a named error, told in one line.
+    """
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+    except VisionPEFTError as error:
+        print(f"visionpeft: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("visionpeft: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    tyro = require("tyro", extra="train")
+    # Evaluated here, since importing the pipelines takes a while and needs the train extra.
+    from visionpeft.pipelines.settings import Sweep
+
+    _classify.__annotations__["plan"] = Sweep
+    _classify.__defaults__ = (Sweep(),)
+    app, data = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+    app.command(_classify, name="classify")
+    app.command(_predict, name="predict")
+    app.command(_merge, name="merge")
+    app.command(_inspect, name="inspect")
+    data.command(_check, name="check")
+    app.command(data, name="data", help="Look after data sets.")
+    return app.cli(prog="visionpeft", args=arguments, config=(tyro.conf.PositionalRequiredArgs,
+                                                             tyro.conf.OmitArgPrefixes)) or 0
+
+
+def _classify(plan: Sweep) -> int:
+    """Adapt a pre-trained model to a classification task by several methods, and compare them.
+
+    With no arguments: a small ViT, pre-trained on CIFAR-10, learns Fashion-MNIST from 1,000 images. Finished cells are
+    skipped and a killed one goes on where it was, so the same command can be given again.
+    """
+    return classify(plan)
+
+
+def classify(plan: Sweep) -> int:
+    """Do a sweep with progress bars and print its table; returns 1 if cells failed."""
+    require("accelerate", extra="train")
+    from visionpeft.pipelines.classification import sweep
+    from visionpeft.report.console import SweepDisplay
+
+    with SweepDisplay(main=not int(os.environ.get("RANK", 0))) as display:
+        outcome = sweep(plan, watch=display.begin, done=display.end)
+    display.summary(outcome)
+    return 1 if outcome.failures else 0
+
+
+def _predict(run: str, images: str, out: str = "predictions.csv", checkpoint: str | None = None) -> int:
+    """Classify images with a trained run; class names and preprocessing come from its adapter file.
+
+    Args:
+        run: Run folder or adapter file.
+        images: Image, or folder of images.
+        out: CSV file to write.
+        checkpoint: Weights of the backbone, if they are no longer where they were.
+    """
+    from visionpeft.pipelines import deploy
+    from visionpeft.report.console import show_predictions
+
+    deployed = deploy.restore(run, checkpoint)
+    predictions = list(deploy.predict(deployed, deploy.image_files(images)))
+    deploy.write_predictions(Path(out), predictions)
+    show_predictions(predictions)
+    print(f"{len(predictions)} images; all in {out}")
+    return 0
+
+
+def _merge(run: str, out: str = "model.safetensors", export: str | None = None, checkpoint: str | None = None) -> int:
+    """Fold a trained adapter into plain timm weights, which load without this library.
+
+    Args:
+        run: Run folder or adapter file.
+        out: File to write, .safetensors.
+        export: Also write a torch.export program, such as model.pt2.
+        checkpoint: Weights of the backbone, if they are no longer where they were.
+    """
+    from visionpeft.pipelines import deploy
+
+    deployed = deploy.restore(run, checkpoint)
+    model = deploy.merged_model(deployed)
+    deploy.save_weights(model, Path(out), deployed)
+    print(f"{out}: load it with\n  {deploy.loading_line(deployed, Path(out))}")
+    if export is not None:
+        deploy.export(model, Path(export), deployed.spec.size)
+        print(f'{export}: load it with\n  torch.export.load("{export}").module()')
+    return 0
+
+
+def _inspect(model: str) -> int:
+    """Show the places of a model where methods can act.
+
+    Args:
+        model: nano_vit, or any timm name; no weights are needed.
+    """
+    import torch
+
+    import visionpeft as vp
+    from visionpeft.pipelines.backbone import Backbone, build
+
+    with torch.device("meta"):
+        backbone = build(Backbone(model), 10, pretrained=False)
+    print(vp.inspect(backbone))
+    return 0
+
+
+def _check(root: str, kind: str = "vtab", decode: bool = True) -> int:
+    """List what is missing or wrong in data on disk.
+
+    Args:
+        root: Folder that holds the data; for csv the file.
+        kind: vtab, fgvc, fewshot, folder or csv.
+        decode: Also open every image.
+    """
+    from visionpeft.data.check import check
+
+    problems = check(root, kind, images=decode)
+    for problem in problems:
+        print(problem)
+    print(f"{root}: {len(problems)} problems" if problems else f"{root}: all is well")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

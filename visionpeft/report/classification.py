@@ -1,0 +1,103 @@
+"""Reports of the classification pipeline: one of a cell, one of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from visionpeft.report import page, plots
+from visionpeft.report.table import COLUMNS, Row, against_probe, cells, count
+
+SAMPLES = 24
+
+
+def cell_report(result: Any, rows: Sequence[dict[str, float]], logits: Tensor, splits: Any) -> str:
+    """HTML of one run: numbers, curves, confusion matrix, samples of the test set.
+
+    Args:
+        rows: one per epoch, as in metrics.jsonl.
+        logits: [N, C] of the test images.
+    """
+    sections = [page.paragraphs(result.notes), page.table(("", ""), _numbers(result))]
+    if result.selection:
+        head = list(result.selection[0])
+        sections += [page.heading("Tried on the validation split"),
+                     page.table(head, [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+                                       for row in result.selection])]
+    sections += _curves(rows)
+    if not splits.multi_label:
+        sections += _predictions(logits.argmax(1).numpy(), splits)
+    return page.page(f"{result.method} on {result.data}, seed {result.seed}", sections)
+
+
+def _numbers(result: Any) -> list[tuple[str, str]]:
+    numbers = [("model", result.model)]
+    numbers += [(key.replace("_", " "), f"{value:.4f}") for key, value in result.metrics.items()]
+    numbers += [("adapter parameters", count(result.adapter_parameters)),
+                ("all that learnt", count(result.trained_parameters)), ("file bytes", count(result.file_bytes)),
+                ("test images", count(result.test_images)), ("seconds", f"{result.seconds:.1f}")]
+    if result.peak_memory is not None:
+        numbers.append(("peak memory", f"{result.peak_memory / 2**20:,.0f} MiB"))
+    numbers += [(f"recipe: {key}", str(value)) for key, value in result.recipe.items()]
+    return numbers + [(f"version: {key}", value) for key, value in result.versions.items()]
+
+
+def _curves(rows: Sequence[dict[str, float]]) -> list[str]:
+    if not rows:
+        return []
+    series = {key: [row[key] for row in rows if key in row] for key in rows[-1]}
+    drawn = [page.heading("Training"), page.figure(plots.curves({"train": series["train_loss"]}, "loss"))]
+    accuracies = {key.split("_")[0]: series[key] for key in series if key.endswith("accuracy")}
+    if accuracies:
+        drawn.append(page.figure(plots.curves(accuracies, "accuracy")))
+    return drawn + [page.figure(plots.curves({"lr": series["lr"]}, "learning rate"))]
+
+
+def _predictions(predicted: np.ndarray, splits: Any) -> list[str]:
+    labels, classes = splits.test.labels, splits.classes
+    matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    np.add.at(matrix, (labels, predicted), 1)
+    plain = splits.test.with_transform(None)
+    # Spread over the test set, which may be sorted by class.
+    chosen = np.linspace(0, len(labels) - 1, min(SAMPLES, len(labels))).astype(int)
+    samples = [_sample(plain[int(i)][0], classes[labels[i]], classes[predicted[i]]) for i in chosen]
+    return [page.heading("Test set"), page.figure(plots.confusion(matrix, classes)),
+            page.heading("Samples of the test set"), *samples]
+
+
+def _sample(image: Any, true: str, predicted: str) -> str:
+    right = true == predicted
+    return page.figure(plots.picture(image), predicted if right else f"{predicted}, not {true}", wrong=not right)
+
+
+def sweep_report(outcome: Any, rows: Sequence[Row], means: Sequence[Sequence[str]] = ()) -> str:
+    """HTML of a sweep: the table, a bar chart per data set, what failed.
+
+    Args:
+        means: head and rows of a table of benchmark averages, or nothing.
+    """
+    sections = [page.table(list(COLUMNS.values()), map(cells, rows)),
+                page.paragraphs([NOTE, *against_probe(list(rows))])]
+    if means:
+        sections += [page.heading("Averages"), page.table(means[0], means[1:])]
+    tracked = [(r.data, r.method, f"{100 * r.best_test_epoch_accuracy:.2f}") for r in rows
+               if r.best_test_epoch_accuracy is not None]
+    if tracked:
+        sections += [page.heading("Best test epoch (chosen on the test set, as in much of the literature)"),
+                     page.table(("data", "method", "accuracy"), tracked)]
+    for name in dict.fromkeys(row.data for row in rows):
+        here = [row for row in rows if row.data == name]
+        chart = plots.bars([r.method for r in here], [100 * r.accuracy for r in here],
+                           [100 * (r.deviation or 0) for r in here], "test accuracy, %")
+        sections += [page.heading(name), page.figure(chart)]
+    if outcome.failures:
+        sections += [page.heading("Failed"), page.table(("cell", "error"), outcome.failures.items())]
+    return page.page("visionpeft classify", sections)
+
+
+NOTE = ("Accuracy is test accuracy after the last epoch, in per cent, mean over seeds; deviation is the sample "
+        "standard deviation over seeds. Adapter parameters leave out the classifier. Peak memory on a CPU is that of "
+        "the whole process, libraries and data included.")

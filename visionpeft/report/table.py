@@ -1,0 +1,118 @@
+"""One row per method and data set: means and deviations over seeds, and what it cost."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visionpeft.training import runs
+
+COLUMNS = {
+    "data": "data", "model": "model", "method": "method", "seeds": "seeds", "accuracy": "accuracy",
+    "deviation": "deviation", "adapter_parameters": "adapter parameters", "trained_parameters": "with head",
+    "file_bytes": "file bytes", "seconds_per_step": "s / step", "peak_memory": "peak memory",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a data set."""
+
+    data: str
+    model: str
+    method: str
+    seeds: int
+    accuracy: float
+    """Mean over seeds, a fraction."""
+    deviation: float | None
+    """Sample standard deviation over seeds; None for a single seed."""
+    adapter_parameters: int | None
+    trained_parameters: int | None
+    file_bytes: int | None
+    seconds_per_step: float | None
+    peak_memory: int | None
+    best_test_epoch_accuracy: float | None
+    """Mean of the best test accuracies over epochs: not comparable with `accuracy`."""
+    test_images: int
+
+
+def summarise(results: Iterable[Any]) -> list[Row]:
+    """Rows in the order in which methods first occur."""
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for result in results:
+        groups.setdefault((result.data, result.model, result.method), []).append(result)
+    return [_row(group) for group in groups.values()]
+
+
+def _row(group: list[Any]) -> Row:
+    first, accuracies = group[0], [r.accuracy for r in group]
+    best = [r.metrics["best_test_epoch_accuracy"] for r in group if "best_test_epoch_accuracy" in r.metrics]
+    steps = [r.seconds_per_step for r in group if r.seconds_per_step is not None]
+    memory = [r.peak_memory for r in group if r.peak_memory is not None]
+    return Row(
+        first.data, first.model, first.method, len(group), statistics.mean(accuracies),
+        statistics.stdev(accuracies) if len(group) > 1 else None, first.adapter_parameters, first.trained_parameters,
+        first.file_bytes, statistics.median(steps) if steps else None, max(memory) if memory else None,
+        statistics.mean(best) if best else None, first.test_images)
+
+
+def cells(row: Row) -> list[str]:
+    """A row as shown: accuracy in per cent, sizes with units; "-" where there is nothing to tell."""
+    return [
+        row.data, row.model, row.method, str(row.seeds), f"{100 * row.accuracy:.2f}",
+        "-" if row.deviation is None else f"{100 * row.deviation:.2f}", count(row.adapter_parameters),
+        count(row.trained_parameters), count(row.file_bytes),
+        "-" if row.seconds_per_step is None else f"{row.seconds_per_step:.3g}",
+        "-" if row.peak_memory is None else f"{row.peak_memory / 2**20:,.0f} MiB",
+    ]
+
+
+def count(value: int | None) -> str:
+    """A number with thousands separated."""
+    return "-" if value is None else f"{value:,}"
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table for a Markdown file."""
+    lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *map(cells, rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """All columns, accuracies as fractions, sizes in bytes."""
+    names = [name for name in Row.__dataclass_fields__]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([["" if (v := getattr(row, n)) is None else v for n in names] for row in rows])
+    runs.write_text(path, text.getvalue())
+
+
+def against_probe(rows: list[Row]) -> list[str]:
+    """For each data set, whether each method beats the linear probe by more than two deviations.
+
+    The deviation of the difference: over seeds where both have several, else binomial over the test images.
+    """
+    lines = []
+    for probe in (row for row in rows if row.method.partition(":")[0] == "linear"):
+        others = [r for r in rows if (r.data, r.model) == (probe.data, probe.model) and r is not probe]
+        lines += [_verdict(row, probe) for row in others if row.adapter_parameters is not None]
+    return lines
+
+
+def _verdict(row: Row, probe: Row) -> str:
+    gain = row.accuracy - probe.accuracy
+    if row.deviation is not None and probe.deviation is not None:
+        spread, kind = math.hypot(row.deviation, probe.deviation), f"over {row.seeds} seeds"
+    else:
+        variances = [r.accuracy * (1 - r.accuracy) / max(r.test_images, 1) for r in (row, probe)]
+        spread, kind = math.sqrt(sum(variances)), f"binomial, {row.test_images:,} test images"
+    beats = "beats" if gain > 2 * spread else "does not beat"
+    return (f"{row.data}: {row.method} {beats} the linear probe by more than two deviations "
+            f"({100 * gain:+.2f} points, deviation {100 * spread:.2f} {kind})")
