@@ -1,6 +1,34 @@
-"""visionpeft: any parameter-efficient fine-tuning method on any vision backbone."""
+"""visionpeft: any parameter-efficient fine-tuning method on any vision backbone.
 
+    tuner = visionpeft.attach(model, visionpeft.LoRA(rank=8), train="head")
+"""
+
+from visionpeft import methods
+from visionpeft.activation import activate, tuners
+from visionpeft.attaching import attach
 from visionpeft.errors import DeadAdapterError, VisionPEFTError
+from visionpeft.methods import METHODS
+from visionpeft.methods.bottleneck import AdaptFormer
+from visionpeft.methods.lora import LoRA
+from visionpeft.methods.ssf import SSF
+from visionpeft.sites import Site, inspect
+from visionpeft.state import load
+from visionpeft.tuner import Tuner
 
 __version__ = "0.1.0"
-__all__ = ["DeadAdapterError", "VisionPEFTError"]
+__all__ = [
+    "METHODS",
+    "SSF",
+    "AdaptFormer",
+    "DeadAdapterError",
+    "LoRA",
+    "Site",
+    "Tuner",
+    "VisionPEFTError",
+    "activate",
+    "attach",
+    "inspect",
+    "load",
+    "methods",
+    "tuners",
+]

@@ -1,4 +1,4 @@
-"""Few-shot fine-grained sets with the lists of NOAH (Zhang et al., arXiv 2206.04673).
+"""Few-shot fine-grained sets with the lists of NOAH (ZhangYuanhan-AI/NOAH).
 
     <root>/<set>/annotations/train_meta.list.num_shot_{1,2,4,8,16}.seed_{0,1,2}, val_meta.list, test_meta.list
     lines: <relative path> <label>, relative to <root>/<set>/images (Cars: to <root>/<set>)

@@ -1,4 +1,4 @@
-"""The five fine-grained sets in the layout of VPT (Jia et al., arXiv 2203.12119).
+"""The five fine-grained sets in the layout of VPT (KMnP/vpt).
 
     <root>/<set>/{train,val,test}.json     {"relative image name": label, ...}
 

@@ -33,17 +33,22 @@ def load_folder(root: str | Path, seed: int = 0) -> Splits:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Sorted names of the visible folders in `folder`."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] not in "._")
+    """Sorted names of the class folders in `folder`, two at least."""
+    names = visible_folders(folder)
     if len(names) < 2:
         raise DataError(f"{folder}: found {len(names)} class folder(s) {names}; expected one folder per class, "
                         "each with its images")
     return names
 
 
+def visible_folders(folder: Path) -> list[str]:
+    """Sorted names of the folders in `folder`, without those that start with a dot or an underscore."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] not in "._")
+
+
 def read_part(folder: Path, classes: list[str]) -> ImageSet:
     """All images below `folder`, by class and then by path."""
-    if unknown := sorted(set(class_folders(folder)) - set(classes)):
+    if unknown := sorted(set(visible_folders(folder)) - set(classes)):
         raise DataError(f"{folder / unknown[0]}: class {unknown[0]!r} does not occur in train")
     paths: list[str] = []
     labels: list[int] = []

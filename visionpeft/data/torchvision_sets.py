@@ -57,7 +57,8 @@ def load_torchvision(name: str, root: str, seed: int = 0) -> Splits:
     """
     datasets = require("torchvision.datasets", extra="train")
     factory = getattr(datasets, name, None)
-    if not (inspect.isclass(factory) and issubclass(factory, datasets.VisionDataset)):
+    base = datasets.VisionDataset
+    if not (inspect.isclass(factory) and issubclass(factory, base) and factory is not base):
         raise DataError(f"torchvision.datasets has no data set {name!r}; names are like CIFAR10, Flowers102, EuroSAT")
     built = {part: _build(factory, root, extra) for part, extra in _parts(factory).items()}
     parts = {part: ImageSet(TorchvisionSource(d, f"{name}/{part}"), _labels(d, name)) for part, d in built.items()}

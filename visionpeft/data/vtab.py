@@ -1,4 +1,4 @@
-"""VTAB-1k (Zhai et al., arXiv 1910.04867) as the folders that NOAH, SSF and PETL-ViT share.
+"""VTAB-1k as the folders that NOAH, SSF and PETL-ViT share.
 
     <root>/<task>/images/{train800,val200,train800val200,test}/000000.jpg
     <root>/<task>/{train800,val200,train800val200,test}.txt     lines: images/test/000000.jpg 42

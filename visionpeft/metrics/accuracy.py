@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from visionpeft.errors import DataError, require
 
@@ -30,7 +31,7 @@ class Accuracy(classification.MulticlassConfusionMatrix):
         _check_finite(logits)
         super().update(logits, labels)
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self) -> dict[str, Any]:  # type: ignore[override]
         confusion = super().compute()
         correct, total = confusion.diagonal().double(), confusion.sum(1).double()
         if not total.sum():
@@ -54,10 +55,11 @@ class MeanAveragePrecision(classification.MultilabelAveragePrecision):
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         _check_finite(logits)
-        # torchmetrics applies a sigmoid only to batches that leave [0, 1]; in float32 large logits would tie.
-        super().update(logits.double().sigmoid(), labels.long())
+        # torchmetrics would apply a sigmoid to those batches only that leave [0, 1], where large logits then tie. AP
+        # depends on order alone: softsign, moved into [0, 1], keeps it.
+        super().update((nn.functional.softsign(logits.double()) + 1) / 2, labels.long())
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self) -> dict[str, Any]:  # type: ignore[override]
         if not len(self.target):
             raise DataError("mAP of no image: update() was never called")
         positives = dim_zero_cat(self.target).sum(0)

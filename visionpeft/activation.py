@@ -1,0 +1,185 @@
+"""Which adapters act, and which trainable copies stand in the model.
+
+Adapters in modules act by name: every holder carries the names that do. Tensors that learn in place need more: at any
+time one tensor stands in the module, the original or somebody's copy, and all the others wait in the holder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from visionpeft import binding
+from visionpeft.adapter import Adapter
+from visionpeft.errors import VisionPEFTError
+from visionpeft.sites import Backbone
+
+if TYPE_CHECKING:
+    from visionpeft.tuner import Tuner
+
+LEARNT = "learnt"  # key of the copies that wait, beside the places of the adapters
+
+
+class Registry:
+    """What is kept about one whole model, in the holders of its roots.
+
+    Attributes:
+        tuners: name -> tuner, in the order of attaching.
+        order: names of the active ones, in the order in which they act.
+        requires_grad: the flags of all parameters before the first adapter came.
+        training: for BatchNorms that were frozen: their own mode and that of the root, before.
+    """
+
+    def __init__(self) -> None:
+        self.tuners: dict[str, Tuner] = {}
+        self.order: tuple[str, ...] = ()
+        self.requires_grad: dict[tuple[str, str], bool] = {}
+        self.training: dict[str, tuple[bool, bool]] = {}
+
+
+class Learnt(Adapter):
+    """Trainable copies of a module's tensors while they do not stand in the module."""
+
+
+def registry(backbone: Backbone) -> Registry | None:
+    for root in backbone.roots.values():
+        held = binding.holder(root)
+        if held is not None and held.registry is not None:
+            return held.registry
+    return None
+
+
+def tuners(model: Any) -> dict[str, Tuner]:
+    """All adapters of a model by name, in the order of attaching."""
+    found = registry(Backbone(model))
+    return dict(found.tuners) if found else {}
+
+
+def activate(model: Any, which: Mapping[str, float] | Sequence[str] | str) -> None:
+    """Say which adapters act from now on: by name with their strength, or one for each sample of the next batches.
+
+    Args:
+        which: {"cat": 0.7, "ink": 0.5} or "cat"; all others rest. A list names one adapter for each sample of the
+            next batches, classifiers included: see `visionpeft.batches`.
+
+    Raises:
+        VisionPEFTError: an unknown name, or two active adapters that bring different classifiers.
+    """
+    known = tuners(model)
+    if isinstance(which, str):
+        which = {which: 1.0}
+    if not isinstance(which, Mapping):
+        raise VisionPEFTError("one adapter per sample")  # replaced below
+    unknown = [name for name in which if name not in known]
+    if unknown:
+        raise VisionPEFTError(f"no adapter named {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
+    set_active(Backbone(model), [(known[name], float(strength)) for name, strength in which.items()])
+
+
+def set_active(backbone: Backbone, wanted: Sequence[tuple[Tuner, float]]) -> None:
+    """Make exactly these act, in this order. Refuses before anything changes."""
+    found = registry(backbone)
+    if found is None:
+        return
+    strengths = {tuner.name: strength for tuner, strength in wanted}
+    for tuner in found.tuners.values():
+        if tuner.merged is not None and strengths.get(tuner.name) != tuner.scale:
+            raise VisionPEFTError(f"{tuner.name!r} is merged: unmerge it before it can rest or change its strength")
+    for tuner, strength in wanted:
+        tuner.check_strength(strength)
+    _check_shared([tuner for tuner, _ in wanted])
+    found.order = tuple(strengths)
+    for tuner in found.tuners.values():
+        tuner.active = tuner.name in strengths
+    for tuner, strength in wanted:
+        tuner.set_strength(strength)
+    refresh(backbone)
+
+
+def refresh(backbone: Backbone) -> None:
+    """Tell every holder who acts now, and put the tensors that should stand in their places."""
+    found = registry(backbone)
+    if found is None:
+        return
+    names = tuple(name for name in found.order if found.tuners[name].merged is None)
+    for root in backbone.roots.values():
+        for _, _, held in binding.holders(root):
+            held.active = names
+    settle(backbone)
+
+
+def _check_shared(wanted: Sequence[Tuner]) -> None:
+    """Two adapters may bring the same `train=` tensor only if it holds the same numbers."""
+    owners: dict[tuple[str, str], Tuner] = {}
+    for tuner in wanted:
+        for key in tuner.trained:
+            other = owners.setdefault(key, tuner)
+            if other is not tuner and not torch.equal(other.learnt(*key), tuner.learnt(*key)):
+                path = ".".join(part for part in key if part)
+                raise VisionPEFTError(
+                    f"{other.name!r} and {tuner.name!r} each bring their own {path}, "
+                    f"{tuple(other.learnt(*key).shape)} and {tuple(tuner.learnt(*key).shape)}: they cannot act together. "
+                    "Activate one of them, or one per sample"
+                )
+
+
+def settle(backbone: Backbone) -> None:
+    """Put the tensor that should stand in each module in its place."""
+    found = registry(backbone)
+    everyone = list(found.tuners.values()) if found else []
+    keys = dict.fromkeys(key for tuner in everyone for key in tuner.in_place)
+    for path, name in keys:
+        owners = [t for t in everyone if t.active and (path, name) in t.in_place]
+        _settle(backbone.module(path), path, name, owners, everyone)
+
+
+def _settle(module: nn.Module, path: str, name: str, owners: list[Tuner], everyone: list[Tuner]) -> None:
+    held = binding.holder(module)
+    assert held is not None
+    if name in held.live:  # back to where it waits
+        owner = held.live.pop(name)
+        put_waiting(held, owner, name, binding.get_tensor(module, name))
+        binding.put_back(module, name)
+    elif f"base_{name}" in held._buffers:  # a blend: nobody's copy
+        binding.put_back(module, name)
+    if not owners:
+        return
+    binding.set_aside(module, name)
+    if len(owners) == 1 and (owners[0].scale == 1 or (path, name) in owners[0].trained):
+        held.live[name] = owners[0].name
+        value = take_waiting(held, owners[0].name, name)
+    else:
+        value = _blend(binding.original(module, name), held, path, name, owners)
+    binding.set_tensor(module, name, value)
+
+
+@torch.no_grad()
+def _blend(base: Tensor | None, held: binding.Holder, path: str, name: str, owners: list[Tuner]) -> Tensor:
+    """base + sum of strength * (copy - base), frozen; a `train=` copy is taken whole."""
+    whole = [t for t in owners if (path, name) in t.trained]
+    assert base is not None
+    if whole:
+        value = waiting(held, whole[0].name, name).detach().clone()
+    else:
+        value = base.detach().clone()
+        for tuner in owners:
+            value += tuner.scale * (waiting(held, tuner.name, name).detach() - base)
+    return nn.Parameter(value, requires_grad=False) if isinstance(base, nn.Parameter) else value
+
+
+def waiting(held: binding.Holder, owner: str, name: str) -> Tensor:
+    box = held._modules[owner][LEARNT]  # type: ignore[index]
+    return box._parameters[name] if name in box._parameters else box._buffers[name]
+
+
+def put_waiting(held: binding.Holder, owner: str, name: str, value: Tensor | None) -> None:
+    box: nn.Module = held._modules[owner][LEARNT]  # type: ignore[index]
+    (box._parameters if isinstance(value, nn.Parameter) else box._buffers)[name] = value  # type: ignore[assignment]
+
+
+def take_waiting(held: binding.Holder, owner: str, name: str) -> Tensor:
+    box: nn.Module = held._modules[owner][LEARNT]  # type: ignore[index]
+    return (box._parameters if name in box._parameters else box._buffers).pop(name)  # type: ignore[return-value]

@@ -1,0 +1,137 @@
+"""What a method and an adapter are.
+
+A *method* is a frozen dataclass of hyper-parameters: it says which sites it adapts and builds one *adapter* for each.
+An *adapter* is the small module at one site. It overrides what it can do, and the binding asks for no more:
+
+    low_rank() -> (A, B, scale)      delta of a Linear's rows, W + scale * B A; merges, and takes the fused path
+    weight(w, b) -> (w', b')         the weight and bias of the site, adapted; merges
+    forward(x, y) -> y'              input and output of the site; merges only if `weight` says the same
+    before(x) -> x', after(y) -> y'  what goes into a whole block and what comes out of it (prompts)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from visionpeft.errors import MergeError, SiteError
+
+if TYPE_CHECKING:
+    from visionpeft.sites import Backbone, Site, Targets
+
+
+class Adapter(nn.Module):
+    """The learnt part at one site; registered as a child of the module that it adapts.
+
+    Attributes:
+        strength: how much of the adapter acts, a plain float; 1 is as trained, 0 is not at all.
+        rows: rows (lo, hi) of the site's weight that are adapted, None for all.
+        on_weight: act through `weight` even where the output is at hand.
+        label: path and part of the site, for messages.
+    """
+
+    strength: float = 1.0
+    rows: tuple[int, int] | None = None
+    label: str = ""
+    place: str = ""  # part or role of the site, where one module is host to several
+    tap: Any = None  # input of the residual branch, set by the binding
+
+    @property
+    def on_weight(self) -> bool:
+        return not self.overrides("forward")
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """A (r, in), B (out, r) and the scale of the delta scale * B A, or None if there is no such form now."""
+        return None
+
+    def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Adapted weight and bias, given those of the adapted rows.
+
+        Raises:
+            MergeError: what this adapter does is no change of a weight.
+        """
+        raise MergeError(f"{type(self).__name__} at {self.label} is not a change of the weight: it cannot be merged")
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Adapted output, given the input x and the output y of the site (of the adapted rows)."""
+        raise SiteError(f"{type(self).__name__} at {self.label} does not act on an output")
+
+    def before(self, x: Tensor) -> Tensor:
+        return x
+
+    def after(self, y: Tensor) -> Tensor:
+        return y
+
+    @classmethod
+    def overrides(cls, name: str) -> bool:
+        """Whether this kind of adapter says what `name` (forward, weight, ...) does."""
+        return getattr(cls, name) is not getattr(Adapter, name)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        # A base checkpoint knows nothing of adapters: it loads strictly, and leaves them as they are.
+        known = len(missing)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if not any(key.startswith(prefix) for key in state_dict):
+            del missing[known:]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods.
+
+    Attributes:
+        targets: roles, kinds and path globs separated by spaces, or a predicate `(Site) -> bool`;
+            None means the paper's, which `default_targets` gives for a backbone.
+        within, exclude: path globs that narrow the choice.
+    """
+
+    key: ClassVar[str] = ""
+    kinds: ClassVar[frozenset[str]] = frozenset()  # kinds of site where this method can act
+    trains: ClassVar[str | None] = None  # what `train=` is where the caller does not say
+    freezes_statistics: ClassVar[bool] = True  # BatchNorm stays in eval
+
+    targets: Targets = None
+    within: str | None = None
+    exclude: str | None = None
+
+    def default_targets(self, backbone: Backbone) -> str:
+        raise SiteError(f"{type(self).__name__} has no default targets: give targets=")
+
+    def choose(self, backbone: Backbone) -> list[Site]:
+        """The sites that this method adapts in a backbone."""
+        from visionpeft.sites import choose_among
+
+        targets = self.targets if self.targets is not None else self.default_targets(backbone)
+        return choose_among(backbone.sites(), targets, self.within, self.exclude)
+
+    def refuses(self, site: Site, module: nn.Module) -> str | None:
+        """Why this method cannot act at the site, or None if it can."""
+        if site.kind not in self.kinds:
+            return f"it adapts {', '.join(sorted(self.kinds)) or 'no modules'}, and this is a {site.kind} site"
+        return None
+
+    def build(self, site: Site, module: nn.Module) -> Adapter:
+        """The adapter for one site; `module` is the module at the site's path."""
+        raise SiteError(f"{type(self).__name__} builds no adapters")
+
+    def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
+        """One adapter a site; override where adapters depend on one another or on the whole backbone."""
+        return {site: self.build(site, backbone.module(site.path)) for site in sites}
+
+    def learns(self, sites: Sequence[Site], backbone: Backbone) -> list[tuple[str, str]]:
+        """Tensors of the model that learn in place, as (path of the module, name): BitFit, LN-tuning, full."""
+        return []
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """The fields that shape the adapters, as JSON takes them. Where they sit is told by the sites, not by targets."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("targets", "within", "exclude")}
+
+
+def factory(w: Tensor) -> dict[str, Any]:
+    """Device and dtype for the tensors of an adapter beside `w`: at least single precision, so that they can learn."""
+    dtype = w.dtype if w.dtype in (torch.float32, torch.float64) else torch.float32
+    return {"device": w.device, "dtype": dtype}

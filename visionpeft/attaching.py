@@ -1,0 +1,321 @@
+"""Attaching a method to a model, and taking it off again without a trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from visionpeft import activation, attention, backbones, binding
+from visionpeft.activation import LEARNT, Learnt, Registry
+from visionpeft.adapter import Adapter, Method
+from visionpeft.errors import SiteError, VisionPEFTError
+from visionpeft.methods import METHODS
+from visionpeft.sites import Backbone, Site
+from visionpeft.tuner import Tuner
+
+_REGISTRY = ""  # user name under which a root holds the registry
+
+
+def attach(
+    model: Any,
+    method: Method | str,
+    name: str = "default",
+    train: str | Sequence[str] | None = None,
+    *,
+    probe: bool = True,
+) -> Tuner:
+    """Put a method on a model and return the handle. The model stays the same object and loses no key.
+
+    All parameters are frozen but those that learn. Where an input can be built (timm, open_clip, transformers) the
+    model is run once in train and once in eval, and an adapter that never acts is an error. A failure leaves no trace.
+
+    Args:
+        model: a module, a dict of named modules, or a diffusers pipeline.
+        method: `vp.LoRA(rank=8)`, or a key of METHODS for its defaults.
+        name: what this adapter is called in the model.
+        train: globs of base tensors that also learn, each adapter having its own copy; "head" is the classifier.
+        probe: whether to look for dead adapters at once.
+
+    Raises:
+        SiteError: nothing matches, the method cannot act somewhere, or a module carries a `forward` of its own.
+        DeadAdapterError: an adapter never acts.
+        VisionPEFTError: the name is taken, or an adapter is merged.
+    """
+    backbone = Backbone(model)
+    method = _method(method)
+    check_name(backbone, name)
+    sites = method.choose(backbone)
+    _check_sites(method, sites, backbone)
+    trained = trained_tensors(backbone, train if train is not None else method.trains)
+    _warn_head(backbone, sites, trained)
+    kept = dataclasses.replace(method, targets=None) if callable(method.targets) else method  # lambdas do not pickle
+    tuner = Tuner(backbone, kept, name, sites)
+    learnt = method.learns(sites, backbone)
+    return bind(tuner, method.adapters(sites, backbone), learnt, trained, probe)
+
+
+def bind(tuner: Tuner, adapters: dict[Site, Adapter], learnt: Iterable[tuple[str, str]],
+         trained: list[tuple[str, str]], probe: bool,
+         values: Mapping[tuple[str, str], Tensor] | None = None) -> Tuner:  # fmt: skip
+    """Put built adapters in their places; on any failure take everything off again."""
+    backbone = tuner.backbone
+    active = tuple(found.order) if (found := activation.registry(backbone)) else ()
+    try:
+        registry = _register(tuner)
+        if tuner.method.freezes_statistics:
+            _freeze_statistics(tuner, registry)
+        for site, adapter in adapters.items():
+            tuner.adapters[site] = adapter
+            _place(tuner, site, adapter)
+        tuner.trained = trained
+        for key in dict.fromkeys([*learnt, *trained]):
+            _copy(tuner, *key, (values or {}).get(key))
+        _activate_new(tuner, registry)
+        if probe:
+            from visionpeft.probing import probe_attached
+
+            probe_attached(tuner)
+    except BaseException:
+        _remove(tuner)
+        if found is not None:
+            found.order = active
+            for other in found.tuners.values():
+                other.active = other.name in active
+            activation.refresh(backbone)
+        raise
+    return tuner
+
+
+def detach(tuner: Tuner) -> None:
+    """Leave the model as it was before `attach`: classes, keys, Parameter objects and their flags."""
+    tuner.unmerge()
+    found = activation.registry(tuner.backbone)
+    if found is None or found.tuners.get(tuner.name) is not tuner:
+        return
+    _remove(tuner)
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _method(method: Method | str) -> Method:
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise VisionPEFTError(f"no method {method!r}; there are: {', '.join(METHODS)}")
+        method = METHODS[method]()
+    return method
+
+
+
+
+def check_name(backbone: Backbone, name: str) -> None:
+    found = activation.registry(backbone)
+    if not name or "." in name:
+        raise VisionPEFTError(f"name {name!r}: expected a word without dots")
+    if found is None:
+        return
+    if name in found.tuners:
+        raise VisionPEFTError(f"an adapter named {name!r} is attached already: give another name=, or detach it first")
+    if merged := [t.name for t in found.tuners.values() if t.merged is not None]:
+        raise VisionPEFTError(f"{merged[0]!r} is merged: unmerge it before attaching another")
+
+
+def _check_sites(method: Method, sites: Sequence[Site], backbone: Backbone) -> None:
+    refused = [(s, why) for s in sites if (why := method.refuses(s, backbone.module(s.path)))]
+    if refused:
+        site, why = refused[0]
+        more = f" (and {len(refused) - 1} more sites)" if len(refused) > 1 else ""
+        shape = "x".join(map(str, site.shape))
+        raise SiteError(f"{type(method).__name__} cannot act at {site} [{site.kind} {shape}]: {why}{more}")
+
+
+def trained_tensors(backbone: Backbone, train: str | Sequence[str] | None) -> list[tuple[str, str]]:
+    """(path, name) of the parameters that `train=` means.
+
+    Raises:
+        SiteError: a glob matches no parameter, or the model has no classifier.
+    """
+    globs = train.split() if isinstance(train, str) else list(train or ())
+    heads = backbone.heads()
+    found: list[tuple[str, str]] = []
+    tensors = [(path, name, f"{path}.{name}" if path else name) for path, _, name in backbone.named_tensors()]
+    for glob in globs:
+        if glob == "head":
+            hits = [(p, n) for p, n, _ in tensors if any(p == h or p.startswith(h + ".") for h in heads)]
+            why = "the model has no classifier: create it with num_classes, or name the parameters"
+        else:
+            hits = [(p, n) for p, n, full in tensors if fnmatchcase(full, glob) or fnmatchcase(full, glob + ".*")]
+            why = f"no parameter matches; names look like {', '.join(full for *_, full in tensors[-3:])}"
+        if not hits:
+            raise SiteError(f"train={glob!r}: {why}")
+        found += [key for key in hits if key not in found]
+    return found
+
+
+def _warn_head(backbone: Backbone, sites: Sequence[Site], trained: list[tuple[str, str]]) -> None:
+    touched = {site.path for site in sites} | {path for path, _ in trained}
+    for head in backbone.heads():
+        if not any(path == head or path.startswith(head + ".") for path in touched):
+            warnings.warn(
+                f"the classifier {head!r} neither trains nor is adapted; give train=\"head\" to train it", stacklevel=3
+            )
+
+
+# ---- binding --------------------------------------------------------------------------------------------------------
+
+
+def _register(tuner: Tuner) -> Registry:
+    """Enter the tuner; the first one freezes the model and notes how it was."""
+    backbone = tuner.backbone
+    registry = activation.registry(backbone)
+    if registry is None:
+        registry = Registry()
+        for path, module, name in backbone.named_tensors():
+            param = module._parameters[name]
+            assert param is not None
+            registry.requires_grad.setdefault((path, name), param.requires_grad)
+        for path, module, name in backbone.named_tensors():
+            module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+        for root in backbone.roots.values():
+            binding.grip(root, _REGISTRY).registry = registry
+    registry.tuners[tuner.name] = tuner
+    return registry
+
+
+def _freeze_statistics(tuner: Tuner, registry: Registry) -> None:
+    for path, module in list(tuner.backbone.named_modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            root = tuner.backbone.roots[tuner.backbone.split(path)[0]]
+            registry.training.setdefault(path, (module.training, root.training))
+            binding.grip(module, tuner.name, binding.FrozenStatistics)
+            tuner.bindings.append((module, (binding.FrozenStatistics,)))
+            module.training = False
+
+
+def _place(tuner: Tuner, site: Site, adapter: Adapter) -> None:
+    adapter.place, adapter.label = site.place, str(site)
+    adapter.rows = site.rows
+    path = "" if site.host == "." else site.host or site.path
+    if site.kind == "branch":
+        path = site.ends[1]
+        _tap(tuner, site, adapter)
+    host = tuner.backbone.module(path)
+    held = _dress(tuner, host, _mixin(site, host))
+    box = held._modules.setdefault(tuner.name, nn.ModuleDict())
+    assert isinstance(box, nn.ModuleDict)
+    box._modules[site.place] = adapter
+    _switch(tuner, path)
+
+
+def _mixin(site: Site, host: nn.Module) -> type:
+    if site.kind == "branch":
+        return binding.BranchSite
+    if site.kind == "block":
+        return binding.BlockSite
+    if isinstance(host, nn.MultiheadAttention):
+        return attention.MultiheadSite
+    plain = binding.base_class(host).forward is nn.Linear.forward  # type: ignore[attr-defined]
+    return binding.LinearSite if plain else binding.WeightSite
+
+
+def _dress(tuner: Tuner, module: nn.Module, *mixins: type) -> binding.Holder:
+    try:
+        held = binding.grip(module, tuner.name, *mixins)
+    except SiteError as error:
+        path = next((p for p, m in tuner.backbone.named_modules() if m is module), "")
+        raise SiteError(f"{path}: {error}") from None
+    tuner.bindings.append((module, mixins))
+    return held
+
+
+def _tap(tuner: Tuner, site: Site, adapter: Adapter) -> None:
+    """Let the branch's first module keep its input, and the block drop it whatever happens."""
+    first = _dress(tuner, tuner.backbone.module(site.ends[0]), binding.TapSite)
+    first.tap = first.tap or binding.Tap()
+    adapter.tap = first.tap
+    block = _dress(tuner, tuner.backbone.module(site.path), binding.BlockSite)
+    block.taps = tuple(dict.fromkeys((*block.taps, first.tap)))
+
+
+def _switch(tuner: Tuner, path: str) -> None:
+    """Make every module above call its children."""
+    while path:
+        path, _, child = path.rpartition(".")
+        root, rest = tuner.backbone.split(path)
+        if root not in tuner.backbone.roots:
+            return
+        module = tuner.backbone.module(path)
+        for attribute, value in backbones.switches(module, child).items():
+            binding.switch(module, tuner.name, attribute, value)
+
+
+def _copy(tuner: Tuner, path: str, name: str, value: Tensor | None = None) -> None:
+    """A trainable copy of the original, or the value given for it, waiting to be put in its place."""
+    module = tuner.backbone.module(path)
+    held = binding.grip(module, tuner.name)
+    box = held._modules.setdefault(tuner.name, nn.ModuleDict())
+    assert isinstance(box, nn.ModuleDict)
+    if LEARNT not in box._modules:
+        box._modules[LEARNT] = Learnt()
+    original = binding.original(module, name)
+    assert original is not None
+    value = original.detach().clone() if value is None else value.detach().to(original)
+    if isinstance(original, nn.Parameter):
+        value = nn.Parameter(value)
+    activation.put_waiting(held, tuner.name, name, value)
+    tuner.in_place.append((path, name))
+
+
+def _activate_new(tuner: Tuner, registry: Registry) -> None:
+    """The new adapter acts beside the others; those that bring other tensors for the same place rest."""
+    rivals = [t for n in registry.order if set((t := registry.tuners[n]).trained) & set(tuner.trained)]
+    if rivals:
+        names = ", ".join(repr(t.name) for t in rivals)
+        warnings.warn(
+            f"{names} rests now: {tuner.name!r} brings its own {'.'.join(tuner.trained[0])}. "
+            "visionpeft.activate(model, name) switches between them",
+            stacklevel=4,
+        )
+    names_before = [n for n in registry.order if registry.tuners[n] not in rivals and n != tuner.name]
+    wanted = [(registry.tuners[n], registry.tuners[n].scale) for n in names_before]
+    activation.set_active(tuner.backbone, [*wanted, (tuner, tuner.scale)])
+
+
+# ---- removing -------------------------------------------------------------------------------------------------------
+
+
+def _remove(tuner: Tuner) -> None:
+    """Everything of this tuner off the model; also after attaching stopped halfway."""
+    backbone = tuner.backbone
+    registry = activation.registry(backbone)
+    if registry is None:
+        return
+    tuner.active = False
+    registry.order = tuple(n for n in registry.order if n != tuner.name)
+    activation.refresh(backbone)
+    registry.tuners.pop(tuner.name, None)
+    for root in backbone.roots.values():
+        for _, module, held in list(binding.holders(root)):
+            if tuner.name in held.users:
+                binding.release(module, tuner.name)
+    _thaw_statistics(backbone, registry)
+    if not registry.tuners:
+        for root in backbone.roots.values():
+            binding.release(root, _REGISTRY)
+        for path, module, name in backbone.named_tensors():
+            if (path, name) in registry.requires_grad:
+                module._parameters[name].requires_grad_(registry.requires_grad[path, name])  # type: ignore[union-attr]
+
+
+def _thaw_statistics(backbone: Backbone, registry: Registry) -> None:
+    for path, (own, root_before) in list(registry.training.items()):
+        module = backbone.module(path)
+        if not isinstance(module, binding.FrozenStatistics):
+            root = backbone.roots[backbone.split(path)[0]]
+            module.training = root.training if own == root_before else own
+            del registry.training[path]

@@ -1,0 +1,145 @@
+"""What the libraries call things: one file per library, with tables from module type to roles.
+
+Modules are recognised by the package of their class, so that a timm block inside somebody's own model is known too.
+Nothing here imports the libraries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from visionpeft.binding import base_class
+
+Role = str | tuple[str, ...]
+
+
+def _none(*args: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Library:
+    """What is known of one library.
+
+    Attributes:
+        roles: (pattern of the parent's class name, {attribute: role or roles of equal slices of the rows}).
+        branches: block class, or its file and class, -> {role: (first, last module of the residual branch)}.
+        blocks: says whether a module is a block that takes tokens (B, N, D) and depends on no position.
+        fused: says whether the rows of a fused projection are [query, key, value] rather than interleaved by head.
+        bypasses: says whether the parent reads a child's weight without calling it.
+        switches: {attribute: value} that make the module call the child of that name, while an adapter is there.
+        heads: paths of the classifiers of a root; example: an input for it.
+        prefix_tokens: how many tokens stand before the patches.
+    """
+
+    name: str
+    roles: tuple[tuple[str, Mapping[str, Role]], ...] = ()
+    branches: Mapping[str, Mapping[str, tuple[str, str]]] = field(default_factory=dict)
+    blocks: Callable[[nn.Module], bool] = lambda module: False
+    fused: Callable[[nn.Module], bool] = lambda module: True
+    bypasses: Callable[[nn.Module, str], bool] = lambda module, name: False
+    switches: Callable[[nn.Module, str], dict[str, Any]] = lambda module, child: {}
+    heads: Callable[[nn.Module], list[str]] = lambda root: []
+    example: Callable[[nn.Module], tuple[Any, ...] | None] = _none
+    prefix_tokens: Callable[[nn.Module], int | None] = _none
+
+
+def library(module: nn.Module | None) -> Library | None:
+    """The library whose class a module has."""
+    if module is None:
+        return None
+    package = base_class(module).__module__.split(".")[0]
+    return LIBRARIES.get(package)
+
+
+def role(parent: nn.Module | None, name: str, module: nn.Module) -> Role:
+    """Role of a child, a tuple of roles where it fuses several projections, "" if unknown."""
+    lib = library(parent)
+    if lib is None or parent is None:
+        return ""
+    for pattern, names in lib.roles:
+        if name in names and re.search(pattern, type(parent).__name__):
+            found = names[name]
+            return "qkv" if isinstance(found, tuple) and not _even(lib, parent, module, found) else found
+    return ""
+
+
+def _even(lib: Library, parent: nn.Module, module: nn.Module, parts: tuple[str, ...]) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.shape[0] % len(parts) == 0 and lib.fused(parent)
+
+
+def branches(module: nn.Module) -> dict[str, tuple[str, str, int]]:
+    """Residual branches of a block: role -> (first module, last module, width of the residual stream)."""
+    lib = library(module)
+    if lib is None:
+        return {}
+    name = type(module).__name__
+    source = base_class(module).__module__.split(".")[-1]
+    table = lib.branches.get(f"{source}.{name}", lib.branches.get(name, {}))
+    found = {}
+    for name, (first, last) in table.items():
+        width = width_of(getattr(module, first, None)) or width_of(module)
+        if width and all(isinstance(getattr(module, end, None), nn.Module) for end in (first, last)):
+            found[name] = (first, last, width)
+    return found
+
+
+def block_width(module: nn.Module) -> int | None:
+    """D of a block that takes tokens (B, N, D) in any number, else None."""
+    lib = library(module)
+    return width_of(module) if lib and lib.blocks(module) else None
+
+
+def width_of(module: nn.Module | None) -> int | None:
+    """Width of a norm, or of a block's residual stream: that of its first norm, which every block here has."""
+    for norm in (module, *module.children()) if module is not None else ():
+        weight = norm._parameters.get("weight")
+        if weight is not None and weight.dim() == 1:
+            return weight.shape[0]
+    return None
+
+
+def bypasses(parent: nn.Module, name: str) -> bool:
+    lib = library(parent)
+    return bool(lib and lib.bypasses(parent, name))
+
+
+def switches(module: nn.Module, child: str) -> dict[str, Any]:
+    lib = library(module)
+    return lib.switches(module, child) if lib else {}
+
+
+def heads(root: nn.Module) -> list[str]:
+    """Paths of the classifiers of a root."""
+    lib = library(root)
+    found = lib.heads(root) if lib else []
+    if found:
+        return found
+    guesses = ("head", "classifier", "fc")
+    return [g for g in guesses if isinstance(getattr(root, g, None), nn.Linear)][:1]
+
+
+def example(root: nn.Module) -> tuple[Any, ...] | None:
+    lib = library(root)
+    return lib.example(root) if lib else None
+
+
+def prefix_tokens(root: nn.Module) -> int | None:
+    """How many tokens (class token, registers) stand before the patches, None if unknown."""
+    lib = library(root)
+    return lib.prefix_tokens(root) if lib else None
+
+
+def _libraries() -> dict[str, Library]:
+    from visionpeft.backbones import open_clip, timm, torch, transformers
+
+    return {lib.name: lib for lib in (timm.LIBRARY, open_clip.LIBRARY, transformers.LIBRARY, torch.LIBRARY)}
+
+
+LIBRARIES: dict[str, Library] = _libraries()

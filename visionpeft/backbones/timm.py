@@ -1,0 +1,95 @@
+"""timm: names are consistent across its models, so the tables go by pattern; the exceptions are named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from visionpeft.backbones import Library
+from visionpeft.binding import base_class
+
+_ATTENTION = {
+    "qkv": ("query", "key", "value"), "kv": ("key", "value"),
+    "q": "query", "k": "key", "v": "value", "q_proj": "query", "k_proj": "key", "v_proj": "value",
+    "proj": "attn_out", "out_proj": "attn_out",
+}  # fmt: skip
+_MLP = {
+    "fc1": "mlp_in", "fc1_g": "mlp_in", "fc1_x": "mlp_in", "w1": "mlp_in", "w2": "mlp_in",
+    "fc2": "mlp_out", "w3": "mlp_out",
+}  # fmt: skip
+
+# x + last(... first(x)): pre-norm blocks begin a branch with the norm, post-norm blocks with the operation.
+_PRE_MLP = {"mlp": ("norm2", "drop_path2")}
+_PRE = {"attention": ("norm1", "drop_path1"), **_PRE_MLP}
+_POST = {"attention": ("attn", "drop_path1"), "mlp": ("mlp", "drop_path2")}
+_SHIFTED = {"mlp": ("mlp", "drop_path2")}  # the attention is a method that rolls its input: no module begins it
+_BRANCHES = {
+    "Block": _PRE, "EvaBlock": _PRE, "XCABlock": _PRE,
+    "SwinTransformerBlock": _PRE, "PartitionAttentionCl": _PRE,
+    "HieraBlock": _PRE_MLP, "TransformerBlock2d": _PRE_MLP, "ChannelBlock": _PRE_MLP, "SpatialBlock": _PRE_MLP,
+    "vision_transformer_sam.Block": _PRE_MLP,  # its attention works on windows between norm1 and drop_path1
+    "ResPostBlock": _POST, "EvaBlockPostNorm": _POST,
+    "SwinTransformerV2Block": _SHIFTED, "SwinTransformerV2CrBlock": _SHIFTED,
+}  # fmt: skip
+
+
+def _fused(attention: nn.Module) -> bool:
+    """LeViT and EfficientViT interleave query, key and value by head, MaxViT does if `head_first`."""
+    source = base_class(attention).__module__
+    return not source.endswith((".levit", ".efficientvit_mit")) and not getattr(attention, "head_first", False)
+
+
+def _bypasses(parent: nn.Module, name: str) -> bool:
+    # EVA, BEiT and SwinV2 read qkv.weight and add their own biases, unless told to keep the two apart.
+    return name == "qkv" and hasattr(parent, "qkv_bias_separate") and getattr(parent, "q_bias", None) is not None
+
+
+def _switches(module: nn.Module, child: str) -> dict[str, Any]:
+    return {"qkv_bias_separate": True} if _bypasses(module, child) else {}
+
+
+def _blocks(module: nn.Module) -> bool:
+    source = base_class(module).__module__
+    return source.endswith(".vision_transformer") and type(module).__name__ in ("Block", "ResPostBlock")
+
+
+def _heads(root: nn.Module) -> list[str]:
+    if not hasattr(root, "get_classifier"):
+        return []
+    found = root.get_classifier()
+    modules = found if isinstance(found, (tuple, list)) else (found,)
+    wanted = {id(m) for m in modules if isinstance(m, nn.Module) and any(True for _ in m.parameters())}
+    return [path for path, module in root.named_modules() if id(module) in wanted]
+
+
+def _example(root: nn.Module) -> tuple[Any, ...] | None:
+    cfg = getattr(root, "pretrained_cfg", None) or {}
+    channels, *size = cfg.get("input_size") or (3, 224, 224)
+    size = getattr(getattr(root, "patch_embed", None), "img_size", None) or size
+    if min(size) > 256 and not cfg.get("fixed_input_size", False):
+        size = (256, 256)
+    weight = next((p for p in root.parameters() if p.dim() > 1), None)
+    if weight is None:
+        return None
+    channels = getattr(root, "in_chans", channels)
+    return (torch.zeros(1, channels, *size, device=weight.device, dtype=weight.dtype),)
+
+
+LIBRARY = Library(
+    name="timm",
+    roles=(
+        ("Attention|Attn|XCA|DualPath", _ATTENTION),
+        ("(?i)mlp|SwiGLU|Ffn", _MLP),
+        ("PatchEmbed|ConvPatch", {"proj": "patch_embed"}),
+    ),
+    branches=_BRANCHES,
+    blocks=_blocks,
+    fused=_fused,
+    bypasses=_bypasses,
+    switches=_switches,
+    heads=_heads,
+    example=_example,
+    prefix_tokens=lambda root: getattr(root, "num_prefix_tokens", None),
+)

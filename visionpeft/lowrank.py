@@ -1,0 +1,161 @@
+"""A Linear and all its low-rank deltas in one autograd function.
+
+    y = x W^T + b,   y[..., lo:hi] += scale * (drop(x) A^T) B^T     for every part (lo, hi, scale, A, B, dropout)
+
+Kept for backward: x A^T of each part (r numbers a token), the parameters, and what rebuilds x (`memory.recipe`).
+Dropout masks are drawn again from a seed. Plain torch does the same where autograd must see every step: under
+compile, on meta tensors, for double backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionpeft.errors import VisionPEFTError
+from visionpeft.memory import recipe
+
+
+class Part(NamedTuple):
+    """A (r, in) and B (hi - lo, r) add scale * B A to rows lo..hi of the weight."""
+
+    lo: int
+    hi: int
+    scale: float
+    a: Tensor
+    b: Tensor
+    dropout: float = 0.0
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], plain: bool = False) -> Tensor:
+    """x (..., in), w (out, in), b (out) -> (..., out): the Linear with its deltas; a fresh tensor, never a view.
+
+    The result has the dtype that the plain Linear would give: that of autocast, else of x and w; adapters follow.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(x.dtype, w.dtype)
+    if plain or torch.compiler.is_compiling() or x.is_meta:
+        return _plain(x, w, b, parts, dtype)
+    seed = int(torch.randint(2**62, ())) if any(p.dropout for p in parts) else 0
+    spec = [_Spec(p.lo, p.hi, p.scale, p.dropout, seed + i) for i, p in enumerate(parts)]
+    ab = [t for p in parts for t in (p.a, p.b)]
+    with torch.autocast(device, enabled=False):
+        if not torch.is_grad_enabled():
+            return _compute(x, w, b, spec, dtype, ab)[0]
+        found = recipe(x) if x.requires_grad else None
+        make, tensors = found or (None, (x,))
+        return _Fused.apply(x, w, b, spec, dtype, make, len(tensors), *tensors, *ab)
+
+
+def _plain(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+    y = F.linear(x, w, b)
+    for p in parts:
+        h = F.linear(F.dropout(x, p.dropout) if p.dropout else x, p.a.to(dtype)) * p.scale
+        delta = F.linear(h, p.b.to(dtype))
+        whole = (p.lo, p.hi) == (0, w.shape[0])
+        y = y + (delta if whole else F.pad(delta, (p.lo, w.shape[0] - p.hi)))
+    return y
+
+
+def _mask(x: Tensor, p: float, seed: int) -> Tensor:
+    """A dropout mask (0 or 1 / (1 - p)) that the same seed draws again."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+class _Spec(NamedTuple):
+    lo: int
+    hi: int
+    scale: float
+    dropout: float
+    seed: int
+
+
+def _compute(x: Tensor, w: Tensor, b: Tensor | None, spec: Sequence[_Spec], dtype: torch.dtype,
+             ab: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """The output, and h = drop(x) A^T of every part."""
+    x2 = x.to(dtype).reshape(-1, x.shape[-1])
+    out = x2.new_empty(*x.shape[:-1], w.shape[0])
+    y = out.view(-1, w.shape[0])
+    if b is None:
+        torch.mm(x2, w.to(dtype).t(), out=y)
+    else:
+        torch.addmm(b.to(dtype), x2, w.to(dtype).t(), out=y)
+    hs = _down(x2, spec, ab[0::2])
+    for h, s, up in zip(hs, spec, ab[1::2], strict=True):
+        y[:, s.lo : s.hi].addmm_(h, up.to(dtype).t(), alpha=s.scale)
+    return out, hs
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, spec: list[_Spec], dtype: torch.dtype,
+                make: Callable[..., Tensor] | None, kept: int, *tensors: Tensor) -> Tensor:  # fmt: skip
+        source, ab = tensors[:kept], tensors[kept:]
+        out, hs = _compute(x, w, b, spec, dtype, ab)
+        ctx.spec, ctx.dtype, ctx.make, ctx.kept = spec, dtype, make, kept
+        ctx.x_shape, ctx.x_dtype, ctx.b_dtype = x.shape, x.dtype, b if b is None else b.dtype
+        ctx.save_for_backward(w, *ab, *hs, *source)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        w, *rest = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise VisionPEFTError("double backward through fused adapters: set tuner.fused = False for plain torch")
+        n, dtype = len(ctx.spec), ctx.dtype
+        ab, hs, source = rest[: 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
+        with torch.autocast(dy.device.type, enabled=False):
+            x = ctx.make(*source) if ctx.make else source[0]
+            x2 = x.to(dtype).reshape(-1, ctx.x_shape[-1])
+            d2 = dy.to(dtype).reshape(-1, dy.shape[-1])
+            dx = d2 @ w.to(dtype) if ctx.needs_input_grad[0] else None
+            grads = _part_grads(x2, d2, dx, ctx.spec, ab, hs)
+            dw = (d2.t() @ x2).to(w.dtype) if ctx.needs_input_grad[1] else None
+            db = d2.sum(0).to(ctx.b_dtype) if ctx.needs_input_grad[2] else None
+        dx = None if dx is None else dx.view(ctx.x_shape).to(ctx.x_dtype)
+        return dx, dw, db, None, None, None, None, *[None] * ctx.kept, *grads
+
+
+def _down(x2: Tensor, spec: Sequence[_Spec], downs: Sequence[Tensor]) -> list[Tensor]:
+    """h = drop(x) A^T of every part; one product for all where nothing is dropped."""
+    if any(s.dropout for s in spec):
+        xs = (_mask(x2, s.dropout, s.seed).mul_(x2) if s.dropout else x2 for s in spec)
+        return [x @ a.to(x2.dtype).t() for x, a in zip(xs, downs, strict=True)]
+    if len(downs) == 1:
+        return [x2 @ downs[0].to(x2.dtype).t()]
+    h = x2 @ torch.cat(list(downs)).to(x2.dtype).t()
+    return list(h.split([a.shape[0] for a in downs], 1))
+
+
+def _part_grads(x2: Tensor, d2: Tensor, dx: Tensor | None, spec: Sequence[_Spec], ab: Sequence[Tensor],
+                hs: Sequence[Tensor]) -> list[Tensor]:  # fmt: skip
+    """Gradients of every A and B, in turn; what flows to x through the parts is added to dx."""
+    downs, ups = ab[0::2], ab[1::2]
+    ranks = [a.shape[0] for a in downs]
+    dh = torch.empty(x2.shape[0], sum(ranks), dtype=x2.dtype, device=x2.device)
+    db = []
+    for s, up, h, block in zip(spec, ups, hs, dh.split(ranks, 1), strict=True):
+        d = d2[:, s.lo : s.hi]
+        block.copy_((d @ up.to(d.dtype)).mul_(s.scale))
+        db.append((d.t() @ h).mul_(s.scale).to(up.dtype))
+    if any(s.dropout for s in spec):
+        da = [_dropped(x2, dx, block, s, a) for s, block, a in zip(spec, dh.split(ranks, 1), downs, strict=True)]
+    else:
+        da = list((dh.t() @ x2).split(ranks))
+        if dx is not None:
+            dx.addmm_(dh, torch.cat(list(downs)).to(dx.dtype))
+    return [g for a, ga, gb in zip(downs, da, db, strict=True) for g in (ga.to(a.dtype), gb)]
+
+
+def _dropped(x2: Tensor, dx: Tensor | None, dh: Tensor, s: _Spec, a: Tensor) -> Tensor:
+    """Gradient of one A under dropout, the mask drawn again."""
+    mask = _mask(x2, s.dropout, s.seed)
+    if dx is not None:
+        dx.add_((dh @ a.to(dx.dtype)).mul_(mask))
+    return dh.t() @ mask.mul_(x2)

@@ -1,0 +1,117 @@
+"""Keep nothing that the frozen model would not keep.
+
+A frozen Linear saves no input for backward, but what stands before it usually keeps its own: LayerNorm, GELU and SiLU
+save their input, a product saves its factors. `recipe` reads that from the autograd graph and says how to make the
+Linear's input again from it, bit for bit, so that an adapter need not keep a second copy. No notes are left on
+tensors: they would go stale under in-place operations and foreign hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Nodes whose output views all elements of their input: the storage is that of the node before them.
+_VIEWS = frozenset(
+    "ViewBackward0 UnsafeViewBackward0 ReshapeAliasBackward0 PermuteBackward0 TransposeBackward0 UnsqueezeBackward0 "
+    "SqueezeBackward0 SqueezeBackward1 SqueezeBackward2 AliasBackward0".split()
+)
+
+
+class Recipe(NamedTuple):
+    """`make(*tensors)` gives a tensor again; the graph keeps `tensors` in any case."""
+
+    make: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+
+def recipe(x: Tensor) -> Recipe | None:
+    """How to rebuild `x` from what the autograd graph before it has saved, or None if it must be kept.
+
+    `x` must be kept if it was written in place (its node no longer says what it holds), or if a saved-tensor hook
+    (checkpointing, offloading) holds what the node saved: asking for it would undo the hook's work.
+    """
+    if x.grad_fn is None or x._version:
+        return None
+    node: Any = x.grad_fn
+    while type(node).__name__ in _VIEWS:
+        node = node.next_functions[0][0]
+    kind = _KINDS.get(type(node).__name__)
+    found = kind(node) if kind else None
+    if found is None:
+        return None
+    size, stride, offset, make = x.size(), x.stride(), x.storage_offset(), found.make
+    return Recipe(lambda *t: make(*t).as_strided(size, stride, offset), tuple(t.detach() for t in found.tensors))
+
+
+def _saved(node: Any, *names: str) -> list[Any] | None:
+    """What a node saved under these names, or None where a hook holds one of them or one was overwritten since."""
+    raw = [getattr(node, f"_raw_saved_{name}") for name in names]
+    if any(r.unpack_hook is not None for r in raw):
+        return None
+    try:
+        return [getattr(node, f"_saved_{name}") for name in names]
+    except RuntimeError:  # modified in place: the frozen model's own backward will say so
+        return None
+
+
+def _layer_norm(node: Any) -> Recipe | None:
+    saved = _saved(node, "input", "result1", "result2", "weight", "bias")
+    if saved is None:
+        return None
+    affine = [t is not None for t in saved[3:]]
+
+    def make(x: Tensor, mean: Tensor, rstd: Tensor, *rest: Tensor) -> Tensor:
+        given = iter(rest)
+        weight, bias = (next(given) if has else None for has in affine)
+        y = (x - mean).mul_(rstd)  # the order of the kernel: same bits
+        if weight is not None:
+            y = y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight)
+        return y.to(x.dtype)
+
+    return Recipe(make, tuple(t for t in saved if t is not None))
+
+
+def _of_input(fn: Callable[[Tensor], Tensor], node: Any) -> Recipe | None:
+    saved = _saved(node, "self")
+    return None if saved is None else Recipe(fn, tuple(saved))
+
+
+def _product(node: Any) -> Recipe | None:
+    saved = _saved(node, "self", "other")
+    return None if saved is None or any(t is None for t in saved) else Recipe(torch.mul, tuple(saved))
+
+
+_KINDS: dict[str, Callable[[Any], Recipe | None]] = {
+    "NativeLayerNormBackward0": _layer_norm,
+    "GeluBackward0": lambda node: _of_input(functools.partial(F.gelu, approximate=node._saved_approximate), node),
+    "SiluBackward0": lambda node: _of_input(F.silu, node),
+    "MulBackward0": _product,
+}
+
+
+def live_bytes(fn: Callable[[], Any]) -> int:
+    """Bytes that `fn()` allocates and that are still alive while its result is: the result and the graph behind it.
+
+    Counted by the allocator, so that rebuilding is measured as it runs (saved-tensor hooks would switch it off).
+    CUDA memory if the current device is in use, else CPU memory.
+    """
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        before = torch.cuda.memory_allocated()
+        result = fn()
+        gc.collect()
+        alive = torch.cuda.memory_allocated() - before
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = fn()
+            gc.collect()
+        alive = sum(event.self_cpu_memory_usage for event in profile.key_averages())
+    del result
+    return alive

@@ -1,0 +1,119 @@
+"""Writing adapters into weights, and back to the bit.
+
+A merged weight is a new Parameter; the original waits in the holder, for W + D - D would restore only part of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from visionpeft import activation, attention, binding
+from visionpeft.adapter import Adapter
+from visionpeft.errors import MergeError, VisionPEFTError
+from visionpeft.sites import Site
+
+if TYPE_CHECKING:
+    from visionpeft.tuner import Tuner
+
+
+class Written(NamedTuple):
+    """One tensor that merging replaced, with what tells whether it was touched since."""
+
+    module: nn.Module
+    name: str
+    merged: Tensor | None
+    version: int
+
+
+def merge(tuner: Tuner) -> None:
+    if tuner.merged is not None:
+        return
+    if not tuner.active:
+        raise MergeError(f"{tuner.name!r} is resting: activate it before merging, so that what merges is what acted")
+    tensors = _merged_tensors(tuner)  # refuses here, before anything changes
+    written = []
+    for (module, name), value in tensors.items():
+        original = module._parameters[name]
+        merged = None if value is None else nn.Parameter(value, requires_grad=False)
+        written.append(Written(module, name, merged, 0 if merged is None else merged._version))
+        held = binding.grip(module, tuner.name)
+        held.register_buffer(f"merged_{tuner.name}_{name}".replace(".", "_"), original, persistent=False)
+        module._parameters[name] = merged
+    tuner.merged = written
+    for root in tuner.backbone.roots.values():
+        for _, module, held in binding.holders(root):
+            if tuner.name in held.users:
+                held.hidden = (*held.hidden, tuner.name)
+                binding.undress(module, tuner.name)
+    activation.refresh(tuner.backbone)
+
+
+@torch.no_grad()
+def _merged_tensors(tuner: Tuner) -> dict[tuple[nn.Module, str], Tensor | None]:
+    tensors: dict[tuple[nn.Module, str], Tensor | None] = {}
+    for site, adapter in tuner.adapters.items():
+        if not adapter.overrides("weight"):
+            adapter.weight(torch.empty(0), None)  # says why not
+        _check_alone(tuner, site)
+        module, weight, bias, rows, b_rows = _place(tuner, site, adapter)
+        w = tensors.get((module, weight), module._parameters[weight])
+        b = tensors.get((module, bias), module._parameters.get(bias))
+        assert w is not None
+        try:
+            w, b = binding.adapted(adapter, w, b, rows, b_rows)
+        except VisionPEFTError as error:
+            raise MergeError(str(error)) from error
+        tensors[module, weight] = w
+        if bias in module._parameters and b is not module._parameters[bias]:
+            tensors[module, bias] = b
+    return tensors
+
+
+def _place(tuner: Tuner, site: Site, adapter: Adapter) -> tuple[nn.Module, str, str, slice, slice]:
+    if site.host:
+        return attention.places(tuner.backbone.module("" if site.host == "." else site.host))[adapter.place]
+    module = tuner.backbone.module(site.path)
+    rows = slice(*site.rows) if site.rows else slice(None)
+    return module, "weight", "bias", rows, rows
+
+
+def _check_alone(tuner: Tuner, site: Site) -> None:
+    """Adapters act in the order of activation: only the first at a site may go into the weight."""
+    host = tuner.backbone.module("" if site.host == "." else site.host or site.path)
+    held = binding.holder(host)
+    assert held is not None
+    acting = [n for n in held.active if set(getattr(held._modules.get(n), "_modules", ())) - {activation.LEARNT}]
+    first = acting[0] if acting else None
+    if first not in (None, tuner.name):
+        raise MergeError(f"{first!r} acts before {tuner.name!r} at {site}: merge {first!r} first, or let it rest")
+
+
+def unmerge(tuner: Tuner) -> None:
+    if tuner.merged is None:
+        return
+    for w in tuner.merged:
+        now = w.module._parameters[w.name]
+        if now is not w.merged or (now is not None and now._version != w.version):
+            raise MergeError(
+                f"{w.name} of a {type(w.module).__name__} was written or replaced since {tuner.name!r} was merged: "
+                "the original cannot be restored without losing that change"
+            )
+    for w in tuner.merged:
+        held = binding.holder(w.module)
+        assert held is not None
+        key = f"merged_{tuner.name}_{w.name}".replace(".", "_")
+        value = held._buffers.pop(key)
+        held._non_persistent_buffers_set.discard(key)
+        if value is not None and not isinstance(value, nn.Parameter):  # the model was moved or cast meanwhile
+            value = nn.Parameter(value, requires_grad=False)
+        w.module._parameters[w.name] = value
+    tuner.merged = None
+    for module, mixins in tuner.bindings:
+        held = binding.grip(module, tuner.name, *mixins)
+    for root in tuner.backbone.roots.values():
+        for _, _, held in binding.holders(root):
+            held.hidden = tuple(n for n in held.hidden if n != tuner.name)
+    activation.refresh(tuner.backbone)

@@ -1,0 +1,26 @@
+"""All methods. A new one is a file here and its line in this table."""
+
+from visionpeft.adapter import Method
+from visionpeft.methods.bottleneck import AdaptFormer, Houlsby, Pfeiffer
+from visionpeft.methods.in_place import BitFit, FullFineTuning, LinearProbe, LNTuning
+from visionpeft.methods.lora import LoRA
+from visionpeft.methods.ssf import SSF
+from visionpeft.methods.vpt import VPT
+
+METHODS: dict[str, type[Method]] = {
+    method.key: method
+    for method in (
+        LoRA,
+        SSF,
+        BitFit,
+        LNTuning,
+        AdaptFormer,
+        Houlsby,
+        Pfeiffer,
+        VPT,
+        LinearProbe,
+        FullFineTuning,
+    )
+}
+
+__all__ = ["METHODS", *sorted(method.__name__ for method in METHODS.values())]

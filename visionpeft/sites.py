@@ -1,0 +1,261 @@
+"""Places in somebody else's model where something can be learnt, and how they are chosen.
+
+    for site in visionpeft.inspect(model): print(site.path, site.role, site.shape)
+
+Targets are written as roles (`query value`), kinds (`linear`, `conv`, `norm`), path globs (`blocks.*.attn.proj`), any
+mixture of these separated by spaces, or a predicate `(Site) -> bool`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from visionpeft import backbones, binding
+from visionpeft.errors import SiteError
+
+ROLES = (
+    "query key value qkv attn_out mlp_in mlp_out norm patch_embed conv embed head attention mlp block".split()
+)
+KINDS = ("linear", "conv", "norm", "embed", "branch", "block")
+_NORM_NAMES = ("norm", "affine")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that a method can adapt.
+
+    Attributes:
+        path: module path, e.g. "blocks.0.attn.qkv"; with several components it begins with the component's name.
+        part: named rows of the module's weight ("query"), "" for all of it.
+        role: what the site does, "" where the library does not say.
+        kind: "linear", "conv", "norm", "embed", "branch" (a residual branch) or "block".
+        shape: shape of the weight (of the part), (channels,) for branches and blocks.
+        rows: rows of the part in the module's weight.
+        host: path of the module that is called; differs from `path` where a parent reads the weight itself.
+        ends: first and last module of a residual branch.
+        called: False where the module is bypassed and the binding goes through its host or a switch.
+    """
+
+    path: str
+    part: str = ""
+    role: str = ""
+    kind: str = "linear"
+    shape: tuple[int, ...] = ()
+    rows: tuple[int, int] | None = None
+    host: str = ""
+    ends: tuple[str, str] = ("", "")
+    called: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.part}" if self.part else self.path
+
+    @property
+    def place(self) -> str:
+        """Key of the site's adapter at its host."""
+        return self.part or self.role or "whole"
+
+
+Targets = str | Callable[[Site], bool] | None
+
+
+class Sites(list[Site]):
+    """A list of sites that prints as a table."""
+
+    def __repr__(self) -> str:
+        rows = [("path", "part", "role", "kind", "shape", "called")]
+        rows += [(s.path or "(root)", s.part, s.role, s.kind, "x".join(map(str, s.shape)), "yes" if s.called else "bypassed")
+                 for s in self]  # fmt: skip
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    __str__ = __repr__
+
+
+class Backbone:
+    """The user's model seen as one or several named components.
+
+    Attributes:
+        model: what the user gave: a module, a mapping of modules, or an object with `.components` (diffusers).
+        roots: component name -> module; the name is "" for a plain module.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.roots: dict[str, nn.Module] = _components(model)
+
+    def module(self, path: str) -> nn.Module:
+        root, rest = self.split(path)
+        return self.roots[root].get_submodule(rest)
+
+    def split(self, path: str) -> tuple[str, str]:
+        """(component, path inside it)."""
+        if "" in self.roots:
+            return "", path
+        name, _, rest = path.partition(".")
+        return name, rest
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module of the user's, once; nothing of ours."""
+        for name, root in self.roots.items():
+            for path, module in root.named_modules():
+                if binding.SLOT not in path.split("."):
+                    yield ".".join(p for p in (name, path) if p), module
+
+    def named_tensors(self, buffers: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
+        """(path of the module, module, name) of every parameter, and of every buffer if asked."""
+        for path, module in self.named_modules():
+            names = [n for n, p in module._parameters.items() if p is not None]
+            names += [n for n, b in module._buffers.items() if b is not None] if buffers else []
+            yield from ((path, module, name) for name in names)
+
+    def heads(self) -> list[str]:
+        """Paths of the classifiers, wherever the library keeps them."""
+        found = []
+        for name, root in self.roots.items():
+            found += [".".join(p for p in (name, path) if p) for path in backbones.heads(root)]
+        return found
+
+    def sites(self) -> Sites:
+        """Every site, in the order of the modules."""
+        modules = dict(self.named_modules())
+        heads = self.heads()
+        found = Sites()
+        for path, module in modules.items():
+            parent, _, name = path.rpartition(".")
+            found += _module_sites(path, module, modules.get(parent) if path else None, name, path in heads)
+            found += _block_sites(path, module)
+        return found
+
+    def example(self) -> tuple[Any, ...] | None:
+        """An input of the smallest useful size, or None where none can be built."""
+        if set(self.roots) != {""}:
+            return None
+        return backbones.example(self.roots[""])
+
+
+def _components(model: Any) -> dict[str, nn.Module]:
+    if isinstance(model, nn.Module):
+        return {"": model}
+    parts = model if isinstance(model, Mapping) else getattr(model, "components", None)
+    found = {k: m for k, m in parts.items() if isinstance(m, nn.Module)} if isinstance(parts, Mapping) else {}
+    if not found:
+        raise SiteError(f"expected an nn.Module, a dict of modules or a diffusers pipeline, got {type(model).__name__}")
+    return found
+
+
+def _module_sites(path: str, module: nn.Module, parent: nn.Module | None, name: str, head: bool) -> list[Site]:
+    if isinstance(parent, nn.MultiheadAttention):
+        return []  # its projections are sites of the attention itself
+    if _is_torch_mha(module):
+        return _mha_sites(path, module)  # type: ignore[arg-type]
+    kind = kind_of(module)
+    if kind is None:
+        return []
+    role = "head" if head else backbones.role(parent, name, module) or (kind if kind != "linear" else "")
+    shape = tuple(module.weight.shape) if getattr(module, "weight", None) is not None else ()  # type: ignore[union-attr, arg-type]
+    parts = role if isinstance(role, tuple) else ()
+    called = not (parent is not None and backbones.bypasses(parent, name))
+    whole = ("qkv" if len(parts) == 3 else "") if parts else str(role)
+    sites = [Site(path, role=whole, kind=kind, shape=shape, called=called)]
+    size = shape[0] // len(parts) if parts else 0
+    for i, part in enumerate(parts):
+        rows = (i * size, (i + 1) * size)
+        sites.append(Site(path, part, part, kind, (size, *shape[1:]), rows, called=called))
+    return sites
+
+
+def _is_torch_mha(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) and (
+        binding.base_class(module).forward is nn.MultiheadAttention.forward
+    )
+
+
+def _mha_sites(path: str, m: nn.MultiheadAttention) -> list[Site]:
+    e, inputs = m.embed_dim, (m.embed_dim, m.kdim or m.embed_dim, m.vdim or m.embed_dim)
+    sites = [
+        Site(path, part, part, "linear", (e, width), (i * e, (i + 1) * e), host=path, called=False)
+        for i, (part, width) in enumerate(zip(("query", "key", "value"), inputs, strict=True))
+    ]
+    out = f"{path}.out_proj" if path else "out_proj"
+    return [*sites, Site(out, "", "attn_out", "linear", (e, e), host=path or ".", called=False)]
+
+
+def _block_sites(path: str, module: nn.Module) -> list[Site]:
+    found = []
+    for role, (first, last, width) in backbones.branches(module).items():
+        ends = tuple(f"{path}.{end}" if path else end for end in (first, last))
+        found.append(Site(path, role, role, "branch", (width,), ends=ends))  # type: ignore[arg-type]
+    if width := backbones.block_width(module):
+        found.append(Site(path, "", "block", "block", (width,)))
+    return found
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a leaf module, None for containers and for what no method adapts."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "conv"
+    if isinstance(module, nn.Embedding):
+        return "embed"
+    weight = module._parameters.get("weight")
+    named = any(n in type(module).__name__.lower() for n in _NORM_NAMES)
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)) or (
+        named and weight is not None and weight.dim() == 1
+    ):
+        return "norm" if weight is not None else None
+    return None
+
+
+def choose_among(sites: Sequence[Site], targets: Targets, within: str | None, exclude: str | None) -> list[Site]:
+    """The sites that targets choose, each once, in the order given.
+
+    The classifier is chosen only by a glob that names it, by its role or by a predicate. A glob takes whole modules:
+    rows of one are chosen by role.
+
+    Raises:
+        SiteError: a word of `targets` matches nothing, with the words that would.
+    """
+    sites = [s for s in sites if _inside(s, within, exclude)]
+    if callable(targets):
+        hits = {"targets=<predicate>": [s for s in sites if targets(s)]}
+    else:
+        hits = {word: [s for s in sites if _matches(s, word)] for word in (targets or "").split()}
+    empty = [word for word, hit in hits.items() if not hit] or ([] if hits else [""])
+    if empty:
+        raise SiteError(_no_match(empty, sites))
+    chosen = {id(s) for hit in hits.values() for s in hit}
+    return [s for s in sites if id(s) in chosen]
+
+
+def _inside(site: Site, within: str | None, exclude: str | None) -> bool:
+    return (within is None or fnmatchcase(site.path, within)) and (
+        exclude is None or not fnmatchcase(site.path, exclude)
+    )
+
+
+def _matches(site: Site, word: str) -> bool:
+    if word in ROLES:
+        return site.role == word
+    if word in KINDS:  # whole modules, or all parts where only parts exist (nn.MultiheadAttention)
+        return site.kind == word and site.role != "head" and (not site.part or bool(site.host))
+    return fnmatchcase(site.path, word) and (not site.part or bool(site.host) or site.kind == "tensor")
+
+
+def _no_match(words: Sequence[str], sites: Sequence[Site]) -> str:
+    roles = sorted({s.role for s in sites if s.role})
+    paths = [s.path for s in sites][:: max(1, len(sites) // 5)][:5]
+    return (
+        f"no site matches {' '.join(words)!r} among {len(sites)} sites. Roles here: {' '.join(roles) or 'none'}; "
+        f"paths look like {', '.join(paths) or 'nothing'}. visionpeft.inspect(model) lists them all"
+    )
+
+
+def inspect(model: Any) -> Sites:
+    """Every site of a model, printed as a table: path, part, role, kind, shape, called or bypassed."""
+    return Backbone(model).sites()

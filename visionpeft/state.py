@@ -1,0 +1,242 @@
+"""One file per adapter: tensors in safetensors, everything else as JSON in its header.
+
+    header["visionpeft"] = {format, method, fields, sites: [{path, part, kind, shape, tensors: {name: key}}],
+                            tensors: [{path, name, key, train}], scale, backbone: {library, class, fingerprint, shapes},
+                            versions, metadata}
+
+Nothing is unpickled, keys are looked up and never parsed, and writing is atomic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from visionpeft import attaching, backbones
+from visionpeft.errors import AdapterFileError
+from visionpeft.methods import METHODS
+from visionpeft.sites import Backbone, Site
+from visionpeft.tuner import Tuner
+
+FORMAT = 1
+
+
+def save(tuner: Tuner, path: str | Path, metadata: dict[str, Any]) -> None:
+    """Write the adapter and its `train=` tensors to one file.
+
+    Raises:
+        AdapterFileError: metadata is no JSON, or the file cannot be written; an old file is still whole.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}  # tensors shared by several sites are written once
+
+    def enter(key: str, value: Tensor) -> str:
+        if id(value) not in seen:
+            seen[id(value)] = key
+            tensors[key] = value.detach().contiguous()
+        return seen[id(value)]
+
+    header = {
+        "format": FORMAT,
+        "method": tuner.method.key,
+        "fields": tuner.method.hyper_parameters(),
+        "scale": tuner.scale,
+        "sites": [_site_entry(site, adapter, enter) for site, adapter in tuner.adapters.items()],
+        "tensors": [
+            {"path": p, "name": n, "key": enter(f"{p}.{n}" if p else n, tuner.learnt(p, n)), "train": (p, n) in tuner.trained}
+            for p, n in tuner.in_place
+        ],
+        "backbone": describe(tuner.backbone),
+        "versions": _versions(tuner.backbone),
+        "metadata": metadata,
+    }
+    try:
+        text = json.dumps(header)
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{path}: metadata must be JSON: {error}") from error
+    _write(Path(path), safetensors.torch.save(tensors, {"visionpeft": text}))
+
+
+def _site_entry(site: Site, adapter: nn.Module, enter: Any) -> dict[str, Any]:
+    own = adapter.state_dict(keep_vars=True)
+    names = {name: enter(f"{site}.{name}", value) for name, value in own.items()}
+    return {"path": site.path, "part": site.part, "kind": site.kind, "shape": list(site.shape), "tensors": names}
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All or nothing: a temporary file beside the target, flushed to disk, then renamed over it."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # as open() would have made it
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        kept = "; the old file is untouched" if path.exists() else ""
+        raise AdapterFileError(f"{path}: cannot write: {error.strerror or error}{kept}") from error
+
+
+def describe(backbone: Backbone) -> dict[str, Any]:
+    """Library, class and the shapes of all sites outside the classifier, which may differ in size."""
+    sites = [s for s in backbone.sites() if s.role != "head"]
+    text = "\n".join(f"{s} {s.kind} {s.shape}" for s in sites)
+    root = next(iter(backbone.roots.values()))
+    lib = backbones.library(root)
+    return {
+        "library": lib.name if lib else "",
+        "class": ", ".join(type(r).__name__ for r in backbone.roots.values()),
+        "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "shapes": dict(Counter(f"{s.kind} {'x'.join(map(str, s.shape))}" for s in sites)),
+    }
+
+
+def _versions(backbone: Backbone) -> dict[str, str]:
+    names = {"visionpeft", "torch", *(lib.name for r in backbone.roots.values() if (lib := backbones.library(r)))}
+    names = {"open_clip_torch" if n == "open_clip" else n for n in names}
+    found = {}
+    for name in sorted(names):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What an adapter file says of itself; no tensor is read.
+
+    Raises:
+        AdapterFileError: the file is missing, truncated, no safetensors, or not ours.
+    """
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            text = (file.metadata() or {}).get("visionpeft")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterFileError(f"{path}: no readable safetensors file ({error})") from error
+    if text is None:
+        raise AdapterFileError(f"{path}: a safetensors file, but not one that visionpeft wrote")
+    try:
+        header = json.loads(text)
+        missing = {"format", "method", "fields", "sites", "tensors", "backbone"} - set(header)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise AdapterFileError(f"{path}: the header is damaged: {error}") from error
+    if missing:
+        raise AdapterFileError(f"{path}: the header lacks {', '.join(sorted(missing))}")
+    if header["format"] > FORMAT:
+        raise AdapterFileError(f"{path}: format {header['format']} is newer than this version knows ({FORMAT}): upgrade")
+    return header
+
+
+def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
+    """Attach the adapter in a file and fill it; it acts at once, and brings its own classifier if it has one.
+
+    Args:
+        name: what to call it in the model; the file's stem by default.
+
+    Raises:
+        AdapterFileError: a damaged or foreign file, or one for another model, with the first differing sites.
+    """
+    header = read_header(path)
+    backbone = Backbone(model)
+    method = _method(header, path)
+    sites = _sites(header, backbone, path)
+    try:
+        tensors = safetensors.torch.load_file(str(path))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterFileError(f"{path}: no readable safetensors file ({error})") from error
+    name = name or Path(path).stem.replace(".", "_")
+    attaching.check_name(backbone, name)
+    entries = header["tensors"]
+    keys = [(e["path"], e["name"]) for e in entries]
+    _check_tensors(keys, backbone, path)
+    tuner = Tuner(backbone, method, name, sites)
+    built = method.adapters(sites, backbone) if sites else {}
+    _fill(built, header, tensors, path)
+    trained = [key for key, e in zip(keys, entries, strict=True) if e["train"]]
+    values = {key: tensors[e["key"]] for key, e in zip(keys, entries, strict=True)}
+    if not header["sites"]:
+        tuner.sites = [Site(p, n, "", "tensor", tuple(values[p, n].shape)) for p, n in keys if (p, n) not in trained]
+    attaching.bind(tuner, built, keys, trained, probe=True, values=values)
+    if header.get("scale", 1.0) != 1.0:
+        tuner.scale = header["scale"]
+    return tuner
+
+
+def _method(header: dict[str, Any], path: str | Path) -> Any:
+    cls = METHODS.get(header["method"])
+    if cls is None:
+        raise AdapterFileError(f"{path}: method {header['method']!r} is not known here; known: {', '.join(METHODS)}")
+    unknown = set(header["fields"]) - {f.name for f in fields(cls)}
+    if unknown:
+        raise AdapterFileError(f"{path}: {header['method']} has no field {', '.join(sorted(unknown))} in this version")
+    return cls(**header["fields"])
+
+
+def _sites(header: dict[str, Any], backbone: Backbone, path: str | Path) -> list[Site]:
+    """The file's sites in this model; names the first that differ."""
+    here = {(s.path, s.part, s.kind): s for s in backbone.sites()}
+    found, wrong = [], []
+    for entry in header["sites"]:
+        site = here.get((entry["path"], entry["part"], entry["kind"]))
+        label = entry["path"] + (f":{entry['part']}" if entry["part"] else "")
+        shape = "x".join(map(str, entry["shape"]))
+        if site is None:
+            wrong.append(f"{label} [{entry['kind']} {shape}] is not here")
+        elif list(site.shape) != entry["shape"]:
+            wrong.append(f"{label} is {shape} in the file and {'x'.join(map(str, site.shape))} here")
+        else:
+            found.append(site)
+    there, now = header["backbone"], describe(backbone)
+    if not wrong and there.get("fingerprint") != now["fingerprint"]:
+        a, b = Counter(there.get("shapes", {})), Counter(now["shapes"])
+        wrong = [f"{a[k]} sites of {k} in the file's model and {b[k]} here" for k in {**a, **b} if a[k] != b[k]]
+        wrong = wrong or ["the same shapes under other paths"]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise AdapterFileError(
+            f"{path}: made for another model, a {there.get('class') or 'module'} of {there.get('library') or 'no library'}: "
+            + "; ".join(wrong[:3]) + more
+        )  # fmt: skip
+    return found
+
+
+def _check_tensors(keys: list[tuple[str, str]], backbone: Backbone, path: str | Path) -> None:
+    have = {(p, n) for p, _, n in backbone.named_tensors(buffers=True)}
+    gone = [f"{p}.{n}" for p, n in keys if (p, n) not in have]
+    if gone:
+        raise AdapterFileError(f"{path}: the model has no {', '.join(gone[:3])}, which the adapter brings its own copy of")
+
+
+@torch.no_grad()
+def _fill(built: dict[Site, Any], header: dict[str, Any], tensors: dict[str, Tensor], path: str | Path) -> None:
+    for (site, adapter), entry in zip(built.items(), header["sites"], strict=True):
+        own = adapter.state_dict(keep_vars=True)
+        if set(own) != set(entry["tensors"]):
+            raise AdapterFileError(f"{path}: {site} has {sorted(entry['tensors'])}, expected {sorted(own)}")
+        for name, value in own.items():
+            source = tensors.get(entry["tensors"][name])
+            if source is None or source.shape != value.shape:
+                got = "nothing" if source is None else tuple(source.shape)
+                raise AdapterFileError(f"{path}: {site}.{name} is {got}, expected {tuple(value.shape)}")
+            if not value.is_meta:
+                value.copy_(source)
+

@@ -1,0 +1,214 @@
+"""The handle that `attach` returns: everything one can do with an adapter afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from visionpeft import activation, binding
+from visionpeft.adapter import Adapter, Method
+from visionpeft.errors import VisionPEFTError
+from visionpeft.sites import Backbone, Site
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Tuner:
+    """One adapter in one model.
+
+    Attributes:
+        name: its name in the model.
+        method: the frozen hyper-parameters.
+        sites: where it acts.
+        adapters: the module at each site.
+        in_place: tensors of the model that learn as copies, (path, name): the method's and those of `train=`.
+        bindings: the modules that were dressed for it, and how.
+        trained: those of `train=` among them; they ignore `scale`.
+        active, merged: whether it acts, and whether its deltas are in the weights.
+    """
+
+    def __init__(self, backbone: Backbone, method: Method, name: str, sites: list[Site]) -> None:
+        self.backbone = backbone
+        self.method = method
+        self.name = name
+        self.sites = sites
+        self.adapters: dict[Site, Adapter] = {}
+        self.in_place: list[tuple[str, str]] = []
+        self.trained: list[tuple[str, str]] = []
+        self.active = True
+        self.merged: list[Any] | None = None
+        self.bindings: list[tuple[nn.Module, tuple[type, ...]]] = []
+        self._scale = 1.0
+
+    @property
+    def model(self) -> Any:
+        return self.backbone.model
+
+    def __repr__(self) -> str:
+        state = "merged" if self.merged is not None else "active" if self.active else "resting"
+        return f"Tuner({self.name!r}, {self.method}, {len(self.sites)} sites, {self.num_parameters:,} parameters, {state})"
+
+    # ---- parameters
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the optimiser needs: the adapters' parameters and the copies that learn in place, each once."""
+        seen: set[int] = set()
+        for _, tensor in self._named():
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+    @property
+    def num_parameters(self) -> int:
+        """Scalars of the method itself, shared ones once, without `train=`; for full fine-tuning all of the base."""
+        own = {id(p): p.numel() for adapter in self.adapters.values() for p in adapter.parameters()}
+        learnt = [self.learnt(*key) for key in self.in_place if self._counts(key)]
+        return sum(own.values()) + sum(t.numel() for t in learnt if isinstance(t, nn.Parameter))
+
+    def _counts(self, key: tuple[str, str]) -> bool:
+        return key not in self.trained or any((s.path, s.part) == key and s.kind == "tensor" for s in self.sites)
+
+    def learnt(self, path: str, name: str) -> Tensor:
+        """This adapter's copy of a tensor of the model, wherever it stands now."""
+        module = self.backbone.module(path)
+        held = binding.holder(module)
+        assert held is not None
+        if held.live.get(name) == self.name:
+            return binding.get_tensor(module, name)  # type: ignore[return-value]
+        return activation.waiting(held, self.name, name)
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for site, adapter in self.adapters.items():
+            yield from ((f"{site}.{key}", value) for key, value in adapter.state_dict(keep_vars=True).items())
+        for path, name in self.in_place:
+            yield f"{path}.{name}" if path else name, self.learnt(path, name)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor of the adapter, `site.tensor`, and every copy that learns in place, under its name in the model."""
+        return {key: value.detach() for key, value in self._named()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the tensors in.
+
+        Raises:
+            VisionPEFTError: keys or shapes differ, with the first of them; nothing was changed.
+        """
+        own = dict(self._named())
+        missing, foreign = [k for k in own if k not in state], [k for k in state if k not in own]
+        unlike = [k for k in own if k in state and own[k].shape != state[k].shape]
+        if missing or foreign or unlike:
+            what = (("missing", missing), ("unknown", foreign), ("of another shape", unlike))
+            raise VisionPEFTError(f"{self.name!r}: " + "; ".join(f"{len(k)} {w}: {k[:3]}" for w, k in what if k))
+        if self.merged is not None:
+            raise VisionPEFTError(f"{self.name!r} is merged: unmerge it before loading other tensors")
+        for key, value in own.items():
+            value.copy_(state[key])
+        activation.settle(self.backbone)
+
+    # ---- how it acts
+
+    @property
+    def scale(self) -> float:
+        """How strongly the adapter acts: 1 as trained, 0 not at all. `train=` tensors are taken whole."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        if self.merged is not None:
+            raise VisionPEFTError(f"{self.name!r} is merged: unmerge it before its scale can change")
+        self.check_strength(float(value))
+        self.set_strength(float(value))
+        activation.settle(self.backbone)
+
+    def check_strength(self, value: float) -> None:
+        whole = next((a for a in self.adapters.values() if a.overrides("before") or a.overrides("after")), None)
+        if value != 1 and whole is not None:
+            raise VisionPEFTError(f"{type(self.method).__name__} acts wholly or not at all: it has no scale {value}")
+
+    def set_strength(self, value: float) -> None:
+        self._scale = value
+        for adapter in self.adapters.values():
+            adapter.strength = value
+
+    @property
+    def fused(self) -> bool:
+        """Whether Linears use the fused function; False means plain torch everywhere (double backward needs it)."""
+        return all(held.fused for held in self._holders())
+
+    @fused.setter
+    def fused(self, value: bool) -> None:
+        for held in self._holders():
+            held.fused = value
+
+    def _holders(self) -> Iterator[binding.Holder]:
+        for root in self.backbone.roots.values():
+            yield from (held for _, _, held in binding.holders(root))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model without this adapter; re-entrant, and afterwards all is as it was, also after an exception."""
+        if not self.active:
+            yield
+            return
+        merged = self.merged is not None
+        if merged:
+            self.unmerge()
+        found = activation.registry(self.backbone)
+        before = [(found.tuners[n], found.tuners[n].scale) for n in found.order] if found else []
+        try:
+            activation.set_active(self.backbone, [(t, s) for t, s in before if t is not self])
+            yield
+        finally:
+            activation.set_active(self.backbone, before)
+            if merged:
+                self.merge()
+
+    # ---- what becomes of it
+
+    def merge(self) -> None:
+        """Write the adapter into the weights. The model then runs as fast as without it and emits no adapter keys.
+
+        Raises:
+            MergeError: a site cannot merge, by name; nothing was changed.
+        """
+        from visionpeft.merging import merge
+
+        merge(self)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, to the bit.
+
+        Raises:
+            MergeError: a merged weight was written or replaced meanwhile.
+        """
+        from visionpeft.merging import unmerge
+
+        unmerge(self)
+
+    def detach(self) -> None:
+        """Leave the model exactly as it was before `attach`."""
+        from visionpeft.attaching import detach
+
+        detach(self)
+
+    def probe(self, *example: Any) -> None:
+        """Run an example through the model, in train with gradients and in eval without; nothing changes by it.
+
+        Raises:
+            DeadAdapterError: adapters that never act, by name.
+        """
+        from visionpeft.probing import probe
+
+        probe(self, example)
+
+    def save(self, path: str | Path, **metadata: Any) -> None:
+        """Write one `.safetensors` file; `metadata` is anything that JSON takes. The old file stays if writing fails."""
+        from visionpeft.state import save
+
+        save(self, path, metadata)
