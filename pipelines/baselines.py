@@ -12,7 +12,7 @@ from visionpeft import data
 from visionpeft.errors import DataError, require
 
 SIDE = 32
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+STRENGTHS = (1e-3, 1e-2, 1e-1)
 """Inverse regularisations C that are tried on the validation split."""
 
 

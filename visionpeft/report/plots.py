@@ -22,7 +22,7 @@ def _svg(figure: Any) -> str:
     text = io.StringIO()
     matplotlib = require("matplotlib", extra="train")
     with matplotlib.rc_context({"svg.hashsalt": "visionpeft", "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return text.getvalue()[text.getvalue().index("<svg"):]
 
 

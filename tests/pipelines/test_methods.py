@@ -1,0 +1,39 @@
+"""Methods and grids as text."""
+
+from __future__ import annotations
+
+import pytest
+
+import visionpeft as vp
+from visionpeft.pipelines.methods import MethodError, method_name, parse_method
+from visionpeft.pipelines.selection import GridError, grid_points
+
+
+def test_settings_are_read() -> None:
+    assert parse_method("lora:rank=3, targets=query value,dropout=0.1") == vp.LoRA(
+        rank=3, targets="query value", dropout=0.1)
+    assert parse_method("ssf") == vp.SSF()
+    assert method_name("lora:rank=3") == "lora"
+
+
+def test_the_user_overrides_the_preset() -> None:
+    assert parse_method("lora:rank=3", {"rank": 8, "dropout": 0.1}) == vp.LoRA(rank=3, dropout=0.1)
+
+
+@pytest.mark.parametrize("text, what", [("lorra", "lora"), ("lora:rnak=3", "rank"), ("lora:rank", "field=value")])
+def test_mistakes_are_named(text: str, what: str) -> None:
+    with pytest.raises(MethodError, match=what):
+        parse_method(text)
+
+
+def test_a_grid_is_all_combinations() -> None:
+    assert grid_points(("lr=1e-3,3e-3", "augment=flip,none")) == [
+        {"lr": 1e-3, "augment": "flip"}, {"lr": 1e-3, "augment": None},
+        {"lr": 3e-3, "augment": "flip"}, {"lr": 3e-3, "augment": None}]
+    assert grid_points(()) == [{}]
+
+
+@pytest.mark.parametrize("entry", ["lr", "lr=", "rate=1"])
+def test_a_malformed_grid_is_named(entry: str) -> None:
+    with pytest.raises(GridError, match="lr"):
+        grid_points((entry,))
