@@ -1,0 +1,376 @@
+"""From attach to detach: what an adapter is at the start, that all of it learns, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import visionpeft as vp
+from visionpeft.errors import VisionPEFTError
+
+# What the papers start from where it is not the identity (reference B1, B3, B8). Houlsby's is near it.
+START = {"ssf": "elsewhere", "pfeiffer": "elsewhere", "vpt": "elsewhere", "houlsby": "near"}
+
+every = pytest.mark.parametrize("case", zoo.CASES, ids=str)
+
+
+@every
+def test_state_at_the_start(case):
+    x = zoo.inputs(case.backbone)
+    base = zoo.see(zoo.plain(case.backbone), x)
+    model, _ = zoo.tune(case, shake=False)
+    far = zoo.distance(zoo.see(model, x), base)
+    start = START.get(case.method, "identity")
+    if start == "elsewhere":
+        assert far > 1e-4
+    elif start == "near":
+        assert 0 < far < 1e-2
+    else:
+        assert far == 0 if case.exact else far < 1e-5
+
+
+@every
+def test_training_mode_at_the_start_is_the_identity_too(case):
+    """BatchNorm stays in eval, so that the frozen part of the model is one and the same function."""
+    if case.method in START:
+        pytest.skip("starts elsewhere")
+    x = zoo.inputs(case.backbone)
+    base = zoo.plain(case.backbone).train(not vp.METHODS[case.method].freezes_statistics)
+    reference = zoo.see(base, x)
+    model, _ = zoo.tune(case, shake=False)
+    far = zoo.distance(zoo.run(model.train(), x).detach(), reference)
+    assert far == 0 if case.exact else far < 1e-5
+
+
+@every
+def test_every_tensor_learns_within_two_steps_and_nothing_else_moves(case):
+    x = zoo.inputs(case.backbone)
+    model, tuner = zoo.tune(case, shake=False)
+    model.train()
+    learnt = {id(p) for p in tuner.parameters()}
+    frozen = {k: v.clone() for k, v in model.state_dict(keep_vars=True).items() if id(v) not in learnt}
+    optimiser = torch.optim.SGD(tuner.parameters(), lr=0.05)
+    reached: set[str] = set()
+    for _ in range(2):
+        reached |= {name for name, grad in zoo.gradients(model, tuner, x).items() if grad.abs().sum() > 0}
+        optimiser.step()
+    names = {name for name, p in model.named_parameters() if id(p) in learnt}
+    assert names - reached == set()
+    assert all(p.grad is None for p in model.parameters() if id(p) not in learnt)
+    if vp.METHODS[case.method].freezes_statistics:
+        now = model.state_dict()
+        assert [k for k, v in frozen.items() if not torch.equal(v, now[k])] == []
+
+
+@every
+def test_only_what_learns_requires_grad(case):
+    model, tuner = zoo.tune(case)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in tuner.parameters()}
+    own = {id(p): p.numel() for adapter in tuner.adapters.values() for p in adapter.parameters()}
+    if own:
+        assert tuner.num_parameters == sum(own.values())
+
+
+@every
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_detach_restores_everything(case, mode):
+    x = zoo.inputs(case.backbone)
+    model = zoo.plain(case.backbone)
+    base = zoo.see(model, x)
+    model.train(mode == "train")
+    next(model.parameters()).requires_grad_(False)
+    before = zoo.snapshot(model)
+    _, tuner = zoo.tune(case, model)
+    for _ in range(2):
+        zoo.step(model, tuner, x)
+    tuner.detach()
+    zoo.assert_same(before, zoo.snapshot(model))
+    assert not any("peft" in name for name, _ in model.named_modules())
+    assert vp.tuners(model) == {}
+    assert torch.equal(base, zoo.see(model.eval(), x))
+
+
+@every
+def test_detach_after_the_mode_changed_leaves_the_new_mode(case):
+    """Modes set after attach are the user's wish: BatchNorms follow the model, as if they had never been frozen."""
+    model = zoo.plain(case.backbone).eval()
+    _, tuner = zoo.tune(case, model)
+    model.train()
+    tuner.detach()
+    assert all(module.training for module in model.modules())
+
+
+@every
+def test_attach_after_detach_starts_afresh(case):
+    model, tuner = zoo.tune(case)
+    first = zoo.see(model, zoo.inputs(case.backbone))
+    tuner.detach()
+    _, again = zoo.tune(case, model)
+    assert torch.equal(first, zoo.see(model, zoo.inputs(case.backbone)))
+    assert again.num_parameters == tuner.num_parameters or not tuner.adapters
+
+
+@every
+def test_base_keys_stay_and_a_base_checkpoint_loads_strictly(case):
+    original = zoo.plain(case.backbone).state_dict()
+    model, tuner = zoo.tune(case, train=False)
+    keys = list(model.state_dict())
+    assert [k for k in keys if k in original] == list(original)
+    assert all("peft" in k.split(".") for k in keys if k not in original)
+    x = zoo.inputs(case.backbone)
+    y = zoo.see(model, x)
+    result = model.load_state_dict(original, strict=True)
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    expected = zoo.see(zoo.plain(case.backbone), x) if not tuner.adapters else y
+    assert torch.equal(zoo.see(model, x), expected)
+    with pytest.raises(RuntimeError, match="Missing key|Unexpected key"):
+        model.load_state_dict({"nonsense": torch.zeros(1)}, strict=True)
+    tuner.detach()
+    assert torch.equal(zoo.see(model, x), zoo.see(zoo.plain(case.backbone), x))
+
+
+@every
+def test_its_own_checkpoint_loads_strictly(case):
+    x = zoo.inputs(case.backbone)
+    model, _ = zoo.tune(case)
+    other, tuner = zoo.tune(case, shake=False)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(zoo.see(other, x), zoo.see(model, x))
+    if tuner.adapters:
+        state = model.state_dict()
+        lost = next(k for k in state if "peft" in k)
+        del state[lost]
+        if any(lost.rpartition(".")[0] in k for k in state):  # part of an adapter is there, part is missing
+            with pytest.raises(RuntimeError, match="Missing key"):
+                other.load_state_dict(state, strict=True)
+
+
+@every
+def test_training_with_gradients_equals_eval_without(case):
+    if not vp.METHODS[case.method].freezes_statistics and case.backbone in ("resnet", "efficientnet"):
+        pytest.skip("BatchNorm is a different function in training")
+    x = zoo.inputs(case.backbone)
+    model, _ = zoo.tune(case)
+    quiet = zoo.see(model.eval(), x)
+    loud = zoo.run(model.train(), x)
+    assert loud.requires_grad
+    far = zoo.distance(loud.detach(), quiet)
+    assert far == 0 if case.exact else far < 1e-5
+
+
+@every
+def test_disabled_is_the_base_and_nests(case):
+    x = zoo.inputs(case.backbone)
+    base = zoo.see(zoo.plain(case.backbone), x)
+    model, tuner = zoo.tune(case)
+    on = zoo.see(model, x)
+    assert zoo.distance(on, base) > 1e-4
+    ids = [id(p) for p in tuner.parameters()]
+    with pytest.raises(ZeroDivisionError):
+        with tuner.disabled():
+            assert torch.equal(base, zoo.see(model, x))
+            with tuner.disabled():
+                assert torch.equal(base, zoo.see(model, x))
+            assert torch.equal(base, zoo.see(model, x))
+            raise ZeroDivisionError
+    assert torch.equal(on, zoo.see(model, x))
+    assert ids == [id(p) for p in tuner.parameters()]
+    zoo.step(model, tuner, x)
+    assert not torch.equal(on, zoo.see(model, x))
+
+
+@every
+def test_disabled_can_train_nothing_and_optimiser_state_survives(case):
+    x = zoo.inputs(case.backbone)
+    model, tuner = zoo.tune(case)
+    with tuner.disabled():
+        assert not zoo.run(model, x).requires_grad
+    assert zoo.run(model, x).requires_grad
+
+
+@every
+def test_scale_goes_from_base_to_adapted(case):
+    x = zoo.inputs(case.backbone)
+    base = zoo.see(zoo.plain(case.backbone), x)
+    model, tuner = zoo.tune(case, train=False)
+    if case.method == "linear":
+        pytest.skip("train= tensors are taken whole")
+    on = zoo.see(model, x)
+    if case.method == "vpt":
+        with pytest.raises(VisionPEFTError, match="VPT"):
+            tuner.scale = 0.5
+        assert tuner.scale == 1 and torch.equal(on, zoo.see(model, x))
+        return
+    tuner.scale = 0.0
+    far = zoo.distance(zoo.see(model, x), base)
+    assert far == 0 if case.exact else far < 1e-5
+    tuner.scale = 0.5
+    assert isinstance(tuner.scale, float)
+    half = zoo.see(model, x)
+    assert not torch.equal(half, on) and zoo.distance(half, base) > 1e-5
+    tuner.scale = 1.0
+    assert torch.equal(on, zoo.see(model, x))
+
+
+@every
+def test_scale_of_a_train_tensor_is_left_alone(case):
+    if "head" not in zoo.OFFERS[case.backbone] or case.method in ("vpt", "full"):
+        pytest.skip("no head, or no scale")
+    model, tuner = zoo.tune(case)
+    head = model.get_submodule(vp.sites.Backbone(model).heads()[0])
+    before = head.weight.clone()
+    tuner.scale = 0.25
+    assert torch.equal(before, head.weight) and head.weight.requires_grad
+
+
+@every
+def test_two_at_once(case):
+    """Both act; which is which is by name; each rests and leaves alone."""
+    if case.method == "linear":
+        pytest.skip("one head at a time")
+    x = zoo.inputs(case.backbone)
+    base = zoo.see(zoo.plain(case.backbone), x)
+    model, a = zoo.tune(case, name="a", train=False)
+    only_a = zoo.see(model, x)
+    _, b = zoo.tune(case, model, name="b", train=False, shake=False)
+    zoo.disturb(b, seed=2)
+    assert list(vp.tuners(model)) == ["a", "b"]
+    both = zoo.see(model, x)
+    with b.disabled():
+        assert torch.equal(only_a, zoo.see(model, x))
+    with a.disabled():
+        only_b = zoo.see(model, x)
+    assert zoo.distance(only_b, only_a) > 1e-4 and zoo.distance(both, only_a) > 1e-4
+    vp.activate(model, {"b": 1.0})
+    assert torch.equal(only_b, zoo.see(model, x))
+    vp.activate(model, {"a": 1.0, "b": 1.0})
+    assert torch.equal(both, zoo.see(model, x))
+    with a.disabled(), b.disabled():
+        assert torch.equal(base, zoo.see(model, x))
+    assert torch.equal(both, zoo.see(model, x))
+    a.detach()
+    assert torch.equal(only_b, zoo.see(model, x))
+    b.detach()
+    assert torch.equal(base, zoo.see(model, x))
+
+
+@pytest.mark.parametrize("case", [c for c in zoo.CASES if "head" in zoo.OFFERS[c.backbone]], ids=str)
+def test_each_brings_its_own_head(case):
+    x = zoo.inputs(case.backbone)
+    model, a = zoo.tune(case, name="a")
+    with_a = zoo.see(model, x)
+    _, b = zoo.tune(case, model, name="b", shake=False)
+    zoo.disturb(b, seed=2)
+    with_b = zoo.see(model, x)
+    assert not a.active and b.active
+    vp.activate(model, "a")
+    assert torch.equal(with_a, zoo.see(model, x))
+    vp.activate(model, "b")
+    assert torch.equal(with_b, zoo.see(model, x))
+    with pytest.raises(VisionPEFTError, match="'a' and 'b'"):
+        vp.activate(model, {"a": 1.0, "b": 1.0})
+    assert torch.equal(with_b, zoo.see(model, x))
+    b.detach()
+    vp.activate(model, "a")
+    assert torch.equal(with_a, zoo.see(model, x))
+
+
+@every
+def test_saved_and_loaded_into_a_fresh_model_it_is_the_same(case, tmp_path):
+    x = zoo.inputs(case.backbone)
+    model, tuner = zoo.tune(case)
+    y = zoo.see(model, x)
+    path = tmp_path / "adapter.safetensors"
+    tuner.save(path, licence="none", classes=["cat", "dog"])
+    assert vp.state.read_header(path)["metadata"] == {"licence": "none", "classes": ["cat", "dog"]}
+    assert torch.equal(y, zoo.see(model, x))
+    fresh = zoo.plain(case.backbone)
+    before = zoo.snapshot(fresh)
+    loaded = vp.load(fresh, path)
+    assert torch.equal(y, zoo.see(fresh, x))
+    assert loaded.num_parameters == tuner.num_parameters and loaded.method.key == case.method
+    assert {k: v.shape for k, v in loaded.state_dict().items()} == {k: v.shape for k, v in tuner.state_dict().items()}
+    loaded.detach()
+    zoo.assert_same(before, zoo.snapshot(fresh))
+
+
+@every
+def test_its_state_dict_goes_round(case):
+    x = zoo.inputs(case.backbone)
+    model, tuner = zoo.tune(case)
+    other, second = zoo.tune(case, shake=False)
+    second.load_state_dict(tuner.state_dict())
+    assert torch.equal(zoo.see(model, x), zoo.see(other, x))
+    state = {k: v.clone() for k, v in tuner.state_dict().items()}
+    first = next(iter(state))
+    y = zoo.see(other, x)
+    for wrong in ({k: v for k, v in state.items() if k != first}, {**state, "foreign": state[first]},
+                  {**state, first: torch.zeros(99, 99)}):  # fmt: skip
+        with pytest.raises(VisionPEFTError, match="foreign|" + first.replace(".", r"\.")):
+            second.load_state_dict(wrong)
+    assert torch.equal(y, zoo.see(other, x))
+
+
+@every
+def test_foreign_hooks_survive_and_fire(case):
+    x = zoo.inputs(case.backbone)
+    model = zoo.plain(case.backbone)
+    fired: list[str] = []
+    for path, module in model.named_modules():
+        module.register_forward_pre_hook(lambda m, i, path=path: fired.append(f"before {path}"))
+        module.register_forward_hook(lambda m, i, o, path=path: fired.append(f"after {path}"))
+    zoo.run(model, x)
+    in_base = set(fired)
+    before = zoo.snapshot(model)
+    _, tuner = zoo.tune(case, model)
+    fired.clear()
+    zoo.run(model, x)
+    assert in_base <= set(fired)
+    tuner.detach()
+    zoo.assert_same(before, zoo.snapshot(model))
+
+
+@every
+def test_the_model_is_freed(case):
+    model, tuner = zoo.tune(case)
+    zoo.step(model, tuner, zoo.inputs(case.backbone))
+    other, kept = zoo.tune(case)
+    refs = [weakref.ref(model), weakref.ref(other)]
+    kept.detach()
+    adapters = [weakref.ref(a) for a in kept.adapters.values()]
+    del model, tuner, other, kept
+    gc.collect()
+    assert [r() for r in refs] == [None, None]
+    assert all(a() is None for a in adapters)
+
+
+@every
+def test_no_input_is_kept_after_the_forward(case):
+    """Taps of residual branches hold the stream only while the block runs, also if the block fails."""
+    model, _ = zoo.tune(case)
+    x = tuple(t.clone() for t in zoo.inputs(case.backbone))
+    zoo.see(model, x)
+    big = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter)]
+    own = {id(b) for b in model.buffers()}
+    taps = [getattr(m, "tap", None) for m in model.modules()]
+    assert all(t.x is None for t in taps if t is not None)
+    del big, own
+
+
+def test_a_failing_block_leaves_no_tap_behind():
+    model, tuner = zoo.tune(zoo.Case("adaptformer", "vit"))
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    handle = model.blocks[1].mlp.fc2.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        zoo.see(model, zoo.inputs("vit"))
+    assert all(a.tap.x is None for a in tuner.adapters.values())
+    handle.remove()
+    zoo.see(model, zoo.inputs("vit"))
