@@ -7,7 +7,7 @@ time one tensor stands in the module, the original or somebody's copy, and all t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Registry:
 
 class Learnt(Adapter):
     """Trainable copies of a module's tensors while they do not stand in the module."""
+
+    acts: ClassVar[bool] = False
 
 
 def registry(backbone: Backbone) -> Registry | None:

@@ -71,7 +71,8 @@ class Holder(nn.Module):
 
     def acting(self) -> list[Adapter]:
         own = self._modules
-        adapters = [a for name in self.active if name in own for a in own[name].values()]  # type: ignore[union-attr]
+        boxes = [own[name] for name in self.active if name in own]
+        adapters = [a for box in boxes for a in box.values() if a.acts]  # type: ignore[union-attr]
         if _fired is not None:
             _fired.update(map(id, adapters))
         return adapters

@@ -126,8 +126,8 @@ class Backbone:
         heads = self.heads()
         found = Sites()
         for path, module in modules.items():
-            parent, _, name = path.rpartition(".")
-            found += _module_sites(path, module, modules.get(parent) if path else None, name, path in heads)
+            role = "head" if inside(path, heads) else backbones.role(path, modules)
+            found += _module_sites(path, module, modules.get(path.rpartition(".")[0]) if path else None, role)
             found += _block_sites(path, module)
         return found
 
@@ -148,7 +148,12 @@ def _components(model: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _module_sites(path: str, module: nn.Module, parent: nn.Module | None, name: str, head: bool) -> list[Site]:
+def inside(path: str, roots: Sequence[str]) -> bool:
+    """Whether a path is one of the roots or below one."""
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
+
+
+def _module_sites(path: str, module: nn.Module, parent: nn.Module | None, role: backbones.Role) -> list[Site]:
     if isinstance(parent, nn.MultiheadAttention):
         return []  # its projections are sites of the attention itself
     if _is_torch_mha(module):
@@ -156,10 +161,10 @@ def _module_sites(path: str, module: nn.Module, parent: nn.Module | None, name: 
     kind = kind_of(module)
     if kind is None:
         return []
-    role = "head" if head else backbones.role(parent, name, module) or (kind if kind != "linear" else "")
+    role = role or (kind if kind != "linear" else "")
     shape = tuple(module.weight.shape) if getattr(module, "weight", None) is not None else ()  # type: ignore[union-attr, arg-type]
     parts = role if isinstance(role, tuple) else ()
-    called = not (parent is not None and backbones.bypasses(parent, name))
+    called = not (parent is not None and backbones.bypasses(parent, path.rpartition(".")[2]))
     whole = ("qkv" if len(parts) == 3 else "") if parts else str(role)
     sites = [Site(path, role=whole, kind=kind, shape=shape, called=called)]
     size = shape[0] // len(parts) if parts else 0

@@ -27,7 +27,8 @@ class Library:
     """What is known of one library.
 
     Attributes:
-        roles: (pattern of the parent's class name, {attribute: role or roles of equal slices of the rows}).
+        roles: (pattern of a class name, {path below it: role or roles of equal slices of the rows}).
+        lookalike: says whether a module has a name of the table but another job.
         branches: block class, or its file and class, -> {role: (first, last module of the residual branch)}.
         blocks: says whether a module is a block that takes tokens (B, N, D) and depends on no position.
         fused: says whether the rows of a fused projection are [query, key, value] rather than interleaved by head.
@@ -39,6 +40,7 @@ class Library:
 
     name: str
     roles: tuple[tuple[str, Mapping[str, Role]], ...] = ()
+    lookalike: Callable[[nn.Module], bool] = lambda module: False
     branches: Mapping[str, Mapping[str, tuple[str, str]]] = field(default_factory=dict)
     blocks: Callable[[nn.Module], bool] = lambda module: False
     fused: Callable[[nn.Module], bool] = lambda module: True
@@ -57,10 +59,26 @@ def library(module: nn.Module | None) -> Library | None:
     return LIBRARIES.get(package)
 
 
-def role(parent: nn.Module | None, name: str, module: nn.Module) -> Role:
-    """Role of a child, a tuple of roles where it fuses several projections, "" if unknown."""
+def role(path: str, modules: Mapping[str, nn.Module]) -> Role:
+    """Role of a module, a tuple of roles where it fuses several projections, "" if unknown.
+
+    Tables name a module by its path below the module whose class tells what it is: mostly its parent, up to three
+    levels up where a library wraps its projections (`proj.ln.linear`).
+    """
+    above, _, name = path.rpartition(".")
+    for _ in range(3):
+        if (parent := modules.get(above)) is not None and path and (found := _lookup(parent, name, modules[path])):
+            return found
+        if not above:
+            break
+        above, _, last = above.rpartition(".")
+        name = f"{last}.{name}"
+    return ""
+
+
+def _lookup(parent: nn.Module, name: str, module: nn.Module) -> Role:
     lib = library(parent)
-    if lib is None or parent is None:
+    if lib is None or lib.lookalike(parent):
         return ""
     for pattern, names in lib.roles:
         if name in names and re.search(pattern, type(parent).__name__):

@@ -26,11 +26,13 @@ def _example(root: nn.Module) -> tuple[Any, ...] | None:
 LIBRARY = Library(
     name="open_clip",
     roles=(
-        ("Sequential", {"c_fc": "mlp_in", "c_proj": "mlp_out"}),
+        ("ResidualAttentionBlock", {"mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out"}),
         ("AttentionPool2d", {"q_proj": "query", "k_proj": "key", "v_proj": "value", "c_proj": "attn_out"}),
         ("Attention", {"out_proj": "attn_out"}),
         ("VisionTransformer", {"conv1": "patch_embed"}),
     ),
     branches={"ResidualAttentionBlock": {"attention": ("ln_1", "ls_1"), "mlp": ("ln_2", "ls_2")}},
+    # the ResNets' pooling hands the four weights to a function: they can be seen, but nothing can act there
+    bypasses=lambda parent, name: type(parent).__name__ == "AttentionPool2d",
     example=_example,
 )

@@ -14,10 +14,13 @@ _ATTENTION = {
     "qkv": ("query", "key", "value"), "kv": ("key", "value"),
     "q": "query", "k": "key", "v": "value", "q_proj": "query", "k_proj": "key", "v_proj": "value",
     "proj": "attn_out", "out_proj": "attn_out",
+    "qkv.linear": ("query", "key", "value"), "kv.linear": ("key", "value"),  # LeViT
+    "q.ln.linear": "query", "proj.ln.linear": "attn_out",
 }  # fmt: skip
 _MLP = {
     "fc1": "mlp_in", "fc1_g": "mlp_in", "fc1_x": "mlp_in", "w1": "mlp_in", "w2": "mlp_in",
     "fc2": "mlp_out", "w3": "mlp_out",
+    "ln1.linear": "mlp_in", "ln2.linear": "mlp_out",
 }  # fmt: skip
 
 # x + last(... first(x)): pre-norm blocks begin a branch with the norm, post-norm blocks with the operation.
@@ -33,6 +36,12 @@ _BRANCHES = {
     "ResPostBlock": _POST, "EvaBlockPostNorm": _POST,
     "SwinTransformerV2Block": _SHIFTED, "SwinTransformerV2CrBlock": _SHIFTED,
 }  # fmt: skip
+
+
+def _lookalike(module: nn.Module) -> bool:
+    """MLPs of relative position biases: from two or three coordinates to one number a head."""
+    first = getattr(module, "fc1", None)
+    return isinstance(first, nn.Linear) and first.in_features <= 3
 
 
 def _fused(attention: nn.Module) -> bool:
@@ -59,15 +68,21 @@ def _heads(root: nn.Module) -> list[str]:
     if not hasattr(root, "get_classifier"):
         return []
     found = root.get_classifier()
-    modules = found if isinstance(found, (tuple, list)) else (found,)
+    modules = list(found) if isinstance(found, (tuple, list)) else [found]
+    modules.append(getattr(root, "aux_head", None))  # VOLO classifies every token besides
     wanted = {id(m) for m in modules if isinstance(m, nn.Module) and any(True for _ in m.parameters())}
     return [path for path, module in root.named_modules() if id(module) in wanted]
+
+
+def _hiera_size(root: nn.Module) -> list[int] | None:
+    tokens, stride = getattr(root, "tokens_spatial_shape", None), getattr(root, "patch_stride", None)
+    return [t * s for t, s in zip(tokens, stride, strict=True)] if tokens and stride else None
 
 
 def _example(root: nn.Module) -> tuple[Any, ...] | None:
     cfg = getattr(root, "pretrained_cfg", None) or {}
     channels, *size = cfg.get("input_size") or (3, 224, 224)
-    size = getattr(getattr(root, "patch_embed", None), "img_size", None) or size
+    size = getattr(getattr(root, "patch_embed", None), "img_size", None) or _hiera_size(root) or size
     if min(size) > 256 and not cfg.get("fixed_input_size", False):
         size = (256, 256)
     weight = next((p for p in root.parameters() if p.dim() > 1), None)
@@ -82,8 +97,9 @@ LIBRARY = Library(
     roles=(
         ("Attention|Attn|XCA|DualPath", _ATTENTION),
         ("(?i)mlp|SwiGLU|Ffn", _MLP),
-        ("PatchEmbed|ConvPatch", {"proj": "patch_embed"}),
+        ("PatchEmbed|ConvPatch|NaFlexEmbeds", {"proj": "patch_embed"}),
     ),
+    lookalike=_lookalike,
     branches=_BRANCHES,
     blocks=_blocks,
     fused=_fused,

@@ -41,7 +41,7 @@ LIBRARY = Library(
         ("Intermediate", {"dense": "mlp_in"}),
         ("Output", {"dense": "mlp_out"}),
         ("PatchEmbeddings", {"projection": "patch_embed"}),
-        ("Embeddings", {"patch_embeddings": "patch_embed"}),
+        ("Embeddings", {"patch_embeddings": "patch_embed", "patch_embedding": "patch_embed"}),
     ),
     branches={
         "ViTLayer": {"mlp": ("layernorm_after", "mlp")},

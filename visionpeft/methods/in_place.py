@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import nn
 
 from visionpeft.adapter import Adapter, Method
-from visionpeft.sites import Backbone, Site, choose_among, kind_of
+from visionpeft.sites import Backbone, Site, choose_among, inside, kind_of
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class InPlace(Method):
         return True
 
     def choose(self, backbone: Backbone) -> list[Site]:
-        heads = set(backbone.heads())
+        heads = backbone.heads()
         sites = [
             Site(path, name, kind_of(module) or "", "tensor", tuple(getattr(module, name).shape))
             for path, module, name in backbone.named_tensors()
-            if path not in heads and self.wants(module, name)
+            if not inside(path, heads) and self.wants(module, name)
         ]
         return choose_among(sites, self.targets or "*", self.within, self.exclude)
 

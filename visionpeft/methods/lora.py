@@ -53,9 +53,9 @@ class LoRA(Method):
             raise ValueError(f"rank={self.rank}, dropout={self.dropout}: expected rank >= 1 and 0 <= dropout < 1")
 
     def default_targets(self, backbone: Backbone) -> str:
-        """Query and value as in the paper; without attention the two MLP layers; without these the convs."""
+        """Query and value as in the paper, qkv where the three interleave; else the MLP layers, else the convs."""
         roles = {site.role for site in backbone.sites()}
-        return next((t for t in ("query value", "mlp_in mlp_out", "conv") if set(t.split()) <= roles), "linear")
+        return next((t for t in ("query value", "qkv", "mlp_in mlp_out", "conv") if set(t.split()) <= roles), "linear")
 
     def refuses(self, site: Site, module: nn.Module) -> str | None:
         if (reason := super().refuses(site, module)) is not None:
