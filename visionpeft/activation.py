@@ -7,7 +7,7 @@ time one tensor stands in the module, the original or somebody's copy, and all t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,6 @@ class Registry:
 class Learnt(Adapter):
     """Trainable copies of a module's tensors while they do not stand in the module."""
 
-    acts: ClassVar[bool] = False
-
 
 def registry(backbone: Backbone) -> Registry | None:
     for root in backbone.roots.values():
@@ -60,25 +58,31 @@ def tuners(model: Any) -> dict[str, Tuner]:
     return dict(found.tuners) if found else {}
 
 
-def activate(model: Any, which: Mapping[str, float] | Sequence[str] | str) -> None:
+def activate(model: Any, which: Mapping[str, float] | Sequence[str | None] | str) -> None:
     """Say which adapters act from now on: by name with their strength, or one for each sample of the next batches.
 
     Args:
         which: {"cat": 0.7, "ink": 0.5} or "cat"; all others rest. A list names one adapter for each sample of the
-            next batches, classifiers included: see `visionpeft.batches`.
+            next batches, classifiers included, None for the bare model: see `visionpeft.batches`.
 
     Raises:
         VisionPEFTError: an unknown name, or two active adapters that bring different classifiers.
     """
+    backbone = Backbone(model)
     known = tuners(model)
     if isinstance(which, str):
         which = {which: 1.0}
     if not isinstance(which, Mapping):
-        raise VisionPEFTError("one adapter per sample")  # replaced below
+        from visionpeft.batches import activate_samples
+
+        return activate_samples(backbone, which)
     unknown = [name for name in which if name not in known]
     if unknown:
         raise VisionPEFTError(f"no adapter named {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
-    set_active(Backbone(model), [(known[name], float(strength)) for name, strength in which.items()])
+    from visionpeft.batches import release_samples
+
+    release_samples(backbone)
+    set_active(backbone, [(known[name], float(strength)) for name, strength in which.items()])
 
 
 def set_active(backbone: Backbone, wanted: Sequence[tuple[Tuner, float]]) -> None:

@@ -28,17 +28,16 @@ class Adapter(nn.Module):
     """The learnt part at one site; registered as a child of the module that it adapts.
 
     Attributes:
-        acts: False for what only waits beside the adapters.
         strength: how much of the adapter acts, a plain float; 1 is as trained, 0 is not at all.
         rows: rows (lo, hi) of the site's weight that are adapted, None for all.
         on_weight: act through `weight` even where the output is at hand.
         label: path and part of the site, for messages.
     """
 
-    acts: ClassVar[bool] = True
     strength: float = 1.0
     rows: tuple[int, int] | None = None
     label: str = ""
+    kind: str = ""  # kind of the site; what only waits in a holder has none
     place: str = ""  # part or role of the site, where one module is host to several
     tap: Any = None  # input of the residual branch, set by the binding
 

@@ -198,8 +198,7 @@ def _freeze_statistics(tuner: Tuner, registry: Registry) -> None:
 
 
 def _place(tuner: Tuner, site: Site, adapter: Adapter) -> None:
-    adapter.place, adapter.label = site.place, str(site)
-    adapter.rows = site.rows
+    adapter.kind, adapter.place, adapter.rows, adapter.label = site.kind, site.place, site.rows, str(site)
     path = "" if site.host == "." else site.host or site.path
     if site.kind == "branch":
         path = site.ends[1]

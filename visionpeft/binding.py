@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from visionpeft import lowrank
 from visionpeft.adapter import Adapter
-from visionpeft.errors import SiteError
+from visionpeft.errors import SiteError, VisionPEFTError
 
 SLOT = "peft"
 
+_MODULES = ("linear", "conv", "norm", "embed")  # kinds of site that are a module with a weight
 _fired: set[int] | None = None  # ids of the adapters consulted, while a probe looks
 
 
@@ -50,6 +51,7 @@ class Holder(nn.Module):
         hidden: names whose tensors are left out of the state dict (merged ones).
         fused: whether the fused function is used where it can be.
         tap: input of the residual branch that begins here, taps: all that this block must clear.
+        mixed: each sample has its own adapter, and only the root (with `samples` and `backbone`) may say which acts.
         saved: attributes of the module that were switched, with their values before.
     """
 
@@ -62,6 +64,9 @@ class Holder(nn.Module):
         self.taps: tuple[Tap, ...] = ()
         self.saved: dict[str, Any] = {}
         self.live: dict[str, str] = {}
+        self.mixed = False
+        self.samples: tuple[str | None, ...] | None = None
+        self.backbone: Any = None
         self.registry: Any = None  # at a root: what `tuner` keeps about the whole model
         self.users: dict[str, tuple[type, ...]] = {}
 
@@ -69,10 +74,13 @@ class Holder(nn.Module):
         """The identity: a Sequential that holds us passes through."""
         return x
 
-    def acting(self) -> list[Adapter]:
+    def acting(self, *kinds: str) -> list[Adapter]:
+        """Adapters of sites of these kinds (all but branches and blocks if none is given) that act, in order."""
+        if self.mixed:
+            raise VisionPEFTError("each sample has its own adapter: call the model itself, not a part or another method of it")
         own = self._modules
         boxes = [own[name] for name in self.active if name in own]
-        adapters = [a for box in boxes for a in box.values() if a.acts]  # type: ignore[union-attr]
+        adapters = [a for box in boxes for a in box.values() if a.kind in (kinds or _MODULES)]  # type: ignore[union-attr]
         if _fired is not None:
             _fired.update(map(id, adapters))
         return adapters
@@ -208,7 +216,7 @@ class BranchSite:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         y = super().forward(*args, **kwargs)  # type: ignore[misc]
         peft: Holder = self.peft  # type: ignore[attr-defined]
-        for adapter in peft.acting():
+        for adapter in peft.acting("branch"):
             tap: Tap = adapter.tap  # type: ignore[assignment]
             if tap.x is None:
                 raise SiteError(f"{adapter.label}: the branch ended before it began; was its first module replaced?")
@@ -221,7 +229,7 @@ class BlockSite:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         peft: Holder = self.peft  # type: ignore[attr-defined]
-        adapters = peft.acting()
+        adapters = peft.acting("block")
         try:
             for adapter in adapters:
                 x = adapter.before(x)
@@ -348,6 +356,8 @@ def set_tensor(module: nn.Module, name: str, value: Tensor | None) -> None:
     """Put a parameter or a buffer in place without any copy."""
     table = module._parameters if name in module._parameters else module._buffers
     table[name] = value  # type: ignore[assignment]
+    if getattr(module, "attention_bias_cache", None):  # timm's LeViT keeps what it computed from its biases
+        module.attention_bias_cache = {}
     if isinstance(module, nn.Linear) and name == "weight" and value is not None:
         module.out_features, module.in_features = value.shape
 

@@ -65,14 +65,17 @@ def _layer_norm(node: Any) -> Recipe | None:
     saved = _saved(node, "input", "result1", "result2", "weight", "bias")
     if saved is None:
         return None
+    if saved[1].dtype != torch.float32 and saved[0].dtype in (torch.float16, torch.bfloat16):
+        return None  # the exact statistics were rounded away
     affine = [t is not None for t in saved[3:]]
+    exact = saved[1].dtype
 
     def make(x: Tensor, mean: Tensor, rstd: Tensor, *rest: Tensor) -> Tensor:
         given = iter(rest)
         weight, bias = (next(given) if has else None for has in affine)
-        y = (x - mean).mul_(rstd)  # the order of the kernel: same bits
+        y = (x.contiguous().to(exact) - mean).mul_(rstd)  # the layout and the order of the kernel: same bits
         if weight is not None:
-            y = y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight)
+            y = y.mul_(weight) if bias is None else torch.addcmul(bias.to(exact), y, weight.to(exact))
         return y.to(x.dtype)
 
     return Recipe(make, tuple(t for t in saved if t is not None))

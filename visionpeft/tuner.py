@@ -153,6 +153,8 @@ class Tuner:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model without this adapter; re-entrant, and afterwards all is as it was, also after an exception."""
+        if any(held.mixed for held in self._holders()):
+            raise VisionPEFTError("each sample has its own adapter: use None for a sample that should have none")
         if not self.active:
             yield
             return
