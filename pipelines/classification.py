@@ -55,9 +55,9 @@ def run(config: Config, progress: Progress | None = None) -> Result:
     if (folder / "result.json").exists():
         return Result(**runs.read_json(folder / "result.json"))
     begin = time.perf_counter()
-    result = Result(config.data_name, config.model, config.method, config.seed, folder=str(folder),
-                    versions=_versions())
     accelerator = make_accelerator(config.precision, config.trackers, folder)
+    result = Result(config.data_name, config.model, config.method, config.seed, folder=str(folder),
+                    versions=_versions() | {"processes": str(accelerator.num_processes)})
     work = _raw if method_name(config.method) == "raw" else _adapt
     logits, rows = work(config, result, accelerator, progress)
     result.seconds = time.perf_counter() - begin

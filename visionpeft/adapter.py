@@ -127,6 +127,11 @@ class Method:
         """Tensors of the model that learn in place, as (path of the module, name): BitFit, LN-tuning, full."""
         return []
 
+    def summary(self) -> str:
+        """The method with the fields that are not at their defaults: LoRA(rank=4)."""
+        given = [f"{f.name}={v!r}" for f in fields(self) if (v := getattr(self, f.name)) != f.default]
+        return f"{type(self).__name__}({', '.join(given)})"
+
     def hyper_parameters(self) -> dict[str, Any]:
         """The fields that shape the adapters, as JSON takes them. Where they sit is told by the sites, not by targets."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("targets", "within", "exclude")}

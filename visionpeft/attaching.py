@@ -51,7 +51,11 @@ def attach(
     check_name(backbone, name)
     sites = method.choose(backbone)
     _check_sites(method, sites, backbone)
-    trained = trained_tensors(backbone, train if train is not None else method.trains)
+    if train is None and method.trains == "head" and not backbone.heads():
+        warnings.warn("the model has no classifier: nothing learns. Create it with num_classes", stacklevel=2)
+    elif train is None:
+        train = method.trains
+    trained = trained_tensors(backbone, train)
     _warn_head(backbone, sites, trained)
     kept = dataclasses.replace(method, targets=None) if callable(method.targets) else method  # lambdas do not pickle
     tuner = Tuner(backbone, kept, name, sites)

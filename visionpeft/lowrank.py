@@ -37,7 +37,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], plain:
     The result has the dtype that the plain Linear would give: that of autocast, else of x and w; adapters follow.
     """
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(x.dtype, w.dtype)
     if plain or torch.compiler.is_compiling() or x.is_meta:
         return _plain(x, w, b, parts, dtype)

@@ -58,7 +58,7 @@ def probe_attached(tuner: Tuner) -> None:
                 stacklevel=5,
             )
             return
-        raise SiteError(f"the model runs alone but not with {tuner.method}: {error}") from error
+        raise SiteError(f"the model runs alone but not with {tuner.method.summary()}: {error}") from error
 
 
 def _fails_alone(tuner: Tuner, example: Sequence[Any]) -> Exception | None:

@@ -51,7 +51,7 @@ class Tuner:
 
     def __repr__(self) -> str:
         state = "merged" if self.merged is not None else "active" if self.active else "resting"
-        return f"Tuner({self.name!r}, {self.method}, {len(self.sites)} sites, {self.num_parameters:,} parameters, {state})"
+        return f"Tuner({self.name!r}, {self.method.summary()}, {len(self.sites)} sites, {self.num_parameters:,} parameters, {state})"
 
     # ---- parameters
 

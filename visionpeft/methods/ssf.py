@@ -30,8 +30,8 @@ class SSF(Method):
     def default_targets(self, backbone: Backbone) -> str:
         """Every Linear, conv and norm: "after every operation"."""
         sites = [site for site in backbone.sites() if site.role != "head"]
-        known = {site.role for site in sites} | {site.kind for site in sites if site.kind == "linear"}
-        return " ".join(word for word in ("linear", "patch_embed", "conv", "norm") if word in known)
+        others = {site.role for site in sites if site.kind in ("conv", "norm") and not site.part}
+        return " ".join([*{site.kind for site in sites if site.kind == "linear"}, *sorted(others)])
 
     def build(self, site: Site, module: nn.Module) -> Adapter:
         own = module._parameters
