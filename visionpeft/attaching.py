@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visionpeft import activation, attention, backbones, binding
+from visionpeft import acting, activation, attention, backbones, binding
 from visionpeft.activation import LEARNT, Learnt, Registry
 from visionpeft.adapter import Adapter, Method
 from visionpeft.errors import SiteError, VisionPEFTError
@@ -215,18 +215,18 @@ def _place(tuner: Tuner, site: Site, adapter: Adapter) -> None:
     _switch(tuner, path)
 
 
-def _mixin(site: Site, host: nn.Module) -> type:
+def _mixin(site: Site, host: nn.Module) -> type[binding.Mixin]:
     if site.kind == "branch":
-        return binding.BranchSite
+        return acting.BranchSite
     if site.kind == "block":
-        return binding.BlockSite
+        return acting.BlockSite
     if isinstance(host, nn.MultiheadAttention):
         return attention.MultiheadSite
     plain = binding.base_class(host).forward is nn.Linear.forward  # type: ignore[attr-defined]
-    return binding.LinearSite if plain else binding.WeightSite
+    return acting.LinearSite if plain else acting.WeightSite
 
 
-def _dress(tuner: Tuner, module: nn.Module, *mixins: type) -> binding.Holder:
+def _dress(tuner: Tuner, module: nn.Module, *mixins: type[binding.Mixin]) -> binding.Holder:
     try:
         held = binding.grip(module, tuner.name, *mixins)
     except SiteError as error:
@@ -238,10 +238,10 @@ def _dress(tuner: Tuner, module: nn.Module, *mixins: type) -> binding.Holder:
 
 def _tap(tuner: Tuner, site: Site, adapter: Adapter) -> None:
     """Let the branch's first module keep its input, and the block drop it whatever happens."""
-    first = _dress(tuner, tuner.backbone.module(site.ends[0]), binding.TapSite)
+    first = _dress(tuner, tuner.backbone.module(site.ends[0]), acting.TapSite)
     first.tap = first.tap or binding.Tap()
     adapter.tap = first.tap
-    block = _dress(tuner, tuner.backbone.module(site.path), binding.BlockSite)
+    block = _dress(tuner, tuner.backbone.module(site.path), acting.BlockSite)
     block.taps = tuple(dict.fromkeys((*block.taps, first.tap)))
 
 
@@ -267,7 +267,7 @@ def _copy(tuner: Tuner, path: str, name: str, value: Tensor | None = None) -> No
         box._modules[LEARNT] = Learnt()
     original = binding.original(module, name)
     assert original is not None
-    value = original.detach().clone() if value is None else value.detach().to(original)
+    value = original.detach().clone() if value is None else value.detach().to(original, copy=True)
     if isinstance(original, nn.Parameter):
         value = nn.Parameter(value)
     activation.put_waiting(held, tuner.name, name, value)
