@@ -17,12 +17,15 @@ from typing import ClassVar
 from torch import nn
 
 from visionpeft.adapter import Adapter, Method
+from visionpeft.errors import SiteError
 from visionpeft.sites import Backbone, Site, choose_among, inside, kind_of
 
 
 @dataclass(frozen=True)
 class InPlace(Method):
     """A site is one tensor of the model: `path` is its module, `part` its name, its kind is "tensor"."""
+
+    lacking: ClassVar[str] = "this model has no parameters outside the classifier"
 
     def wants(self, module: nn.Module, name: str) -> bool:
         """Whether the parameter `name` of a module outside the classifier learns."""
@@ -35,6 +38,8 @@ class InPlace(Method):
             for path, module, name in backbone.named_tensors()
             if not inside(path, heads) and self.wants(module, name)
         ]
+        if not sites:
+            raise SiteError(f"{type(self).__name__}: {self.lacking}")
         return choose_among(sites, self.targets or "*", self.within, self.exclude)
 
     def refuses(self, site: Site, module: nn.Module) -> str | None:
@@ -52,6 +57,7 @@ class BitFit(InPlace):
     """Every parameter whose name ends in `bias`, the classifier's apart: `train="head"` has that."""
 
     key: ClassVar[str] = "bitfit"
+    lacking: ClassVar[str] = "this model has no bias outside the classifier"
 
     def wants(self, module: nn.Module, name: str) -> bool:
         return name.endswith("bias")
@@ -62,6 +68,7 @@ class LNTuning(InPlace):
     """Weight and bias of every norm; the running statistics of BatchNorms stay frozen."""
 
     key: ClassVar[str] = "ln_tuning"
+    lacking: ClassVar[str] = "this model has no norm with a weight or bias"
 
     def wants(self, module: nn.Module, name: str) -> bool:
         return kind_of(module) == "norm"
