@@ -52,7 +52,8 @@ def test_methods_and_errors_need_no_extra() -> None:
 
 
 def test_a_missing_extra_is_named() -> None:
-    program = ("import sys\nsys.modules['tyro'] = None\nfrom visionpeft.cli import main\nsys.exit(main(['inspect', 'x']))")
+    program = ("import sys\nsys.modules['tyro'] = None\n"
+               "from visionpeft.cli import main\nsys.exit(main(['inspect', 'x']))")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == "visionpeft: tyro is not installed: pip install 'visionpeft[train]'"

@@ -41,8 +41,9 @@ def train(recipe: Recipe = RECIPE, folder: Path | None = None, stop_at: int | No
         if done == stop_at:
             raise Stop
 
-    history = fit(model, feed or small_feed(), recipe, make_accelerator(precision), make_criterion(recipe, False),
-                  seed=5, mixup=make_mixup(recipe, 4), folder=folder, progress=progress, checkpoint_seconds=0, **options)
+    history = fit(
+        model, feed or small_feed(), recipe, make_accelerator(precision), make_criterion(recipe, False), seed=5,
+        mixup=make_mixup(recipe, 4), folder=folder, progress=progress, checkpoint_seconds=0, **options)
     return model, history
 
 

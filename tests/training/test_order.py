@@ -15,7 +15,8 @@ from visionpeft.training.order import seed_all, updates
 def batches(recipe: Recipe, world: int, epoch: int = 0, seed: int = 0) -> list[list[int]]:
     """The images of each update, over all processes, sorted."""
     shares = [updates(103, recipe, seed, epoch, rank, world) for rank in range(world)]
-    return [sorted(i for update in step for piece in update.pieces for i in piece) for step in zip(*shares, strict=True)]
+    steps = zip(*shares, strict=True)
+    return [sorted(i for update in step for piece in update.pieces for i in piece) for step in steps]
 
 
 @pytest.mark.parametrize("world, accumulation", list(itertools.product((2, 3, 5), (1, 2))))
