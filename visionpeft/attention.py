@@ -13,18 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionpeft import binding
+from visionpeft import acting
 from visionpeft.adapter import Adapter
+from visionpeft.binding import Mixin
 from visionpeft.errors import SiteError
 
 QKV = ("query", "key", "value")
 
 
-class MultiheadSite:
+class MultiheadSite(Mixin):
+    layer = 2
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
                 need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
                 is_causal: bool = False) -> Any:  # fmt: skip
-        adapters = self.peft.acting()  # type: ignore[attr-defined]
+        adapters = self.peft.acting()
         rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if not adapters:
             return super().forward(query, key, value, *rest)  # type: ignore[misc]
@@ -33,7 +36,7 @@ class MultiheadSite:
         q, k, v = _project(self, adapters, query, key, value)
         y = _attend(self, q, k, v, key_padding_mask, attn_mask)
         out = [a for a in adapters if a.place == "attn_out"]
-        y = binding.linear(y, self.out_proj.weight, self.out_proj.bias, out, self.peft.fused)  # type: ignore[attr-defined]
+        y = acting.linear(y, self.out_proj.weight, self.out_proj.bias, out, self.peft.fused)  # type: ignore[attr-defined]
         return (y if self.batch_first else y.transpose(0, 1)), None  # type: ignore[attr-defined]
 
 
@@ -43,11 +46,11 @@ def _project(m: Any, adapters: list[Adapter], query: Tensor, key: Tensor, value:
     bias, fused, e = m.in_proj_bias, m.peft.fused, m.embed_dim
     if m._qkv_same_embed_dim and query is key and key is value:
         own = [a for a in adapters if a.place in QKV]
-        return list(binding.linear(query, m.in_proj_weight, bias, own, fused).chunk(3, -1))
+        return list(acting.linear(query, m.in_proj_weight, bias, own, fused).chunk(3, -1))
     weights = m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
     biases = (None, None, None) if bias is None else bias.chunk(3)
     inputs = zip(QKV, (query, key, value), weights, biases, strict=True)
-    return [binding.linear(x, w, b, at[p], fused, start=QKV.index(p) * e) for p, x, w, b in inputs]
+    return [acting.linear(x, w, b, at[p], fused, start=QKV.index(p) * e) for p, x, w, b in inputs]
 
 
 def _attend(m: Any, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor:
@@ -98,7 +101,7 @@ def _lent(m: Any, adapters: list[Adapter], forward: Any, args: tuple[Any, ...]) 
             module, weight, bias, rows, b_rows = at[adapter.place]
             for name in (weight, bias):
                 before.setdefault((module, name), module._parameters[name])
-            w, b = binding.adapted(adapter, module._parameters[weight], module._parameters[bias], rows, b_rows)
+            w, b = acting.adapted(adapter, module._parameters[weight], module._parameters[bias], rows, b_rows)
             module._parameters[weight], module._parameters[bias] = w, b
         return forward(*args)
     finally:

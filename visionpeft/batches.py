@@ -25,16 +25,18 @@ if TYPE_CHECKING:
 _USER = "*"  # user name under which the root is dressed
 
 
-class BatchSite:
+class BatchSite(binding.Mixin):
     """A root that runs once for each adapter among its samples."""
 
+    layer = 0
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        names = self.peft.samples  # type: ignore[attr-defined]
+        names = self.peft.samples or ()
         sizes = {t.shape[0] for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()}
         if len(names) not in sizes:
             raise VisionPEFTError(f"{len(names)} samples were given an adapter, and the batch has {sorted(sizes)}")
         outputs, order = [], []
-        backbone, registry = self.peft.backbone, self.peft.registry  # type: ignore[attr-defined]
+        backbone, registry = self.peft.backbone, self.peft.registry
         try:
             for name in dict.fromkeys(names):
                 index = [i for i, n in enumerate(names) if n == name]

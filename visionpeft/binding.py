@@ -3,14 +3,7 @@
 The module that is *called* gets a cached subclass of its own class, with the same name, whose `forward` consults the
 adapters in one reserved child of the module, the `Holder`. So the object stays the same, `isinstance` stays true, the
 base keys stay unchanged, and deepcopy, pickle, `.to`, DDP, FSDP2 and `torch.compile` see ordinary modules. What it
-does depends on the module:
-
-    Linear                    one fused function for base and low-rank deltas, then adapters of the output in turn
-    convs, norms, others      weight lent to the base class's forward, or the output adapted
-    nn.MultiheadAttention     `visionpeft.attention.MultiheadSite`
-    ends of a residual branch the first keeps its input (`Tap`), the last hands it to the adapters
-    whole blocks              tokens put in before and taken out after; taps cleared whatever happens
-    frozen BatchNorm          stays in eval
+does there, `visionpeft.acting` says.
 
 Tensors that learn in place are replaced by a trainable copy, the original set aside in the holder.
 """
@@ -18,13 +11,11 @@ Tensors that learn in place are replaced by a trainable copy, the original set a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from visionpeft import lowrank
 from visionpeft.adapter import Adapter
 from visionpeft.errors import SiteError, VisionPEFTError
 
@@ -68,7 +59,7 @@ class Holder(nn.Module):
         self.samples: tuple[str | None, ...] | None = None
         self.backbone: Any = None
         self.registry: Any = None  # at a root: what `tuner` keeps about the whole model
-        self.users: dict[str, tuple[type, ...]] = {}
+        self.users: dict[str, tuple[type[Mixin], ...]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """The identity: a Sequential that holds us passes through."""
@@ -93,157 +84,21 @@ class Holder(nn.Module):
         return out
 
 
-# ---- the sites ------------------------------------------------------------------------------------------------------
-
-
 def holder(module: nn.Module) -> Holder | None:
     return module._modules.get(SLOT)  # type: ignore[return-value]
 
 
-def on_rows(adapter: Adapter, x: Tensor, y: Tensor, start: int = 0) -> Tensor:
-    """The output y with the adapter's rows (counted from `start`) adapted, as strongly as it says."""
-    lo, hi = (r - start for r in adapter.rows or (start, start + y.shape[-1]))
-    if (lo, hi) == (0, y.shape[-1]):
-        return _blend(y, adapter(x, y), adapter.strength)
-    part = y[..., lo:hi]
-    return torch.cat([y[..., :lo], _blend(part, adapter(x, part), adapter.strength), y[..., hi:]], -1)
+class Mixin:
+    """What a module does while it is dressed; a smaller `layer` stands further in front."""
+
+    layer: ClassVar[int]
+    peft: Holder
 
 
-def _blend(base: Tensor, adapted: Tensor, strength: float) -> Tensor:
-    return adapted if strength == 1 else torch.lerp(base, adapted.to(base.dtype), strength)
-
-
-def linear(x: Tensor, w: Tensor, b: Tensor | None, adapters: Sequence[Adapter], fused: bool, start: int = 0) -> Tensor:
-    """A Linear with its adapters, in order. Rows of the adapters count from `start`.
-
-    x (..., in), w (out, in), b (out) or None -> (..., out).
-    """
-    parts: list[lowrank.Part] = []
-    rest = list(adapters)
-    while rest and (found := _part(rest[0], w.shape[0], start)) is not None:
-        parts.append(found)
-        rest.pop(0)
-    y = lowrank.linear(x, w, b, parts, plain=not fused) if parts else nn.functional.linear(x, w, b)
-    for adapter in rest:
-        if (found := _part(adapter, w.shape[0], start)) is not None:
-            y = y + lowrank.linear(x, torch.zeros_like(w), None, [found], plain=True)
-        else:
-            y = on_rows(adapter, x, y, start)
-    return y
-
-
-def _part(adapter: Adapter, out: int, start: int) -> lowrank.Part | None:
-    found = adapter.low_rank()
-    if found is None:
-        return None
-    a, b, scale = found
-    lo, hi = adapter.rows or (start, start + out)
-    dropout = float(getattr(adapter, "dropout", 0.0)) if adapter.training else 0.0
-    return lowrank.Part(lo - start, hi - start, scale * adapter.strength, a, b, dropout)
-
-
-class LinearSite:
-    def forward(self, x: Tensor) -> Tensor:
-        peft: Holder = self.peft  # type: ignore[attr-defined]
-        adapters = peft.acting()
-        if not adapters:
-            return super().forward(x)  # type: ignore[misc]
-        return linear(x, self.weight, self.bias, adapters, peft.fused)  # type: ignore[attr-defined]
-
-
-class WeightSite:
-    """Any module with `weight` and perhaps `bias`: adapters of the weight first, then those of the output."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        peft: Holder = self.peft  # type: ignore[attr-defined]
-        adapters = peft.acting()
-        if not adapters:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        last = max((i for i, a in enumerate(adapters) if a.on_weight), default=-1) + 1
-        params = self._parameters  # type: ignore[attr-defined]
-        w, b = params.get("weight"), params.get("bias")
-        try:
-            for adapter in adapters[:last]:
-                params["weight"], new_b = adapted(adapter, params["weight"], params.get("bias"))
-                if "bias" in params:
-                    params["bias"] = new_b
-            y = super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            if last:
-                params["weight"] = w
-                if "bias" in params:
-                    params["bias"] = b
-        for adapter in adapters[last:]:
-            y = _blend(y, adapter(args[0], y), adapter.strength)
-        return y
-
-
-def adapted(adapter: Adapter, w: Tensor, b: Tensor | None, rows: slice = slice(None),
-            b_rows: slice = slice(None)) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Weight and bias with the adapter in them, in their own dtypes, as strongly as it says.
-
-    The sum is made in the wider of the dtypes, so that a half-precision weight is rounded once.
-    """
-    part_b = None if b is None else b[b_rows]
-    new_w, new_b = adapter.weight(w[rows], part_b)
-    if part_b is None and new_b is not None:
-        raise SiteError(f"{type(adapter).__name__} at {adapter.label} needs a bias, and the module has none")
-    w = _replace(w, rows, _blend(w[rows].to(new_w.dtype), new_w, adapter.strength))
-    if b is not None and new_b is not None and part_b is not None:
-        b = _replace(b, b_rows, _blend(part_b.to(new_b.dtype), new_b, adapter.strength))
-    return w, b
-
-
-def _replace(whole: Tensor, rows: slice, part: Tensor) -> Tensor:
-    part = part.to(whole.dtype)
-    lo, hi, _ = rows.indices(whole.shape[0])
-    return part if (lo, hi) == (0, whole.shape[0]) else torch.cat([whole[:lo], part, whole[hi:]])
-
-
-class TapSite:
-    """First module of a residual branch."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        tap = self.peft.tap  # type: ignore[attr-defined]
-        if tap is not None:
-            tap.x = x
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-
-
-class BranchSite:
-    """Last module of a residual branch: its output is added to the residual stream."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        y = super().forward(*args, **kwargs)  # type: ignore[misc]
-        peft: Holder = self.peft  # type: ignore[attr-defined]
-        for adapter in peft.acting("branch"):
-            tap: Tap = adapter.tap  # type: ignore[assignment]
-            if tap.x is None:
-                raise SiteError(f"{adapter.label}: the branch ended before it began; was its first module replaced?")
-            y = _blend(y, adapter(tap.x, y), adapter.strength)
-        return y
-
-
-class BlockSite:
-    """A whole block: adapters put tokens in and take them out again; taps inside hold nothing afterwards."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        peft: Holder = self.peft  # type: ignore[attr-defined]
-        adapters = peft.acting("block")
-        try:
-            for adapter in adapters:
-                x = adapter.before(x)
-            y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            for adapter in reversed(adapters):
-                y = adapter.after(y)
-            return y
-        finally:
-            for tap in peft.taps:
-                tap.x = None
-
-
-class FrozenStatistics:
+class FrozenStatistics(Mixin):
     """A BatchNorm whose running statistics stay as they are."""
+
+    layer = 5
 
     def train(self, mode: bool = True) -> Any:
         return super().train(False)  # type: ignore[misc]
@@ -253,7 +108,7 @@ class FrozenStatistics:
 
 
 @functools.cache
-def site_class(cls: type, mixins: tuple[type, ...]) -> type:
+def site_class(cls: type, mixins: tuple[type[Mixin], ...]) -> type:
     """The subclass of `cls` with the mixins in front; one per combination, so that compiled code is shared."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce}
     return type(cls.__name__, (*mixins, cls), {**names, "_base": cls, "_mixins": mixins})
@@ -263,7 +118,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     return _rebuild, (self._base, self._mixins), self.__dict__
 
 
-def _rebuild(cls: type, mixins: tuple[type, ...]) -> Any:
+def _rebuild(cls: type, mixins: tuple[type[Mixin], ...]) -> Any:
     made = site_class(cls, mixins)
     return made.__new__(made)
 
@@ -273,7 +128,7 @@ def base_class(module: nn.Module) -> type:
     return getattr(type(module), "_base", type(module))
 
 
-def grip(module: nn.Module, name: str, *mixins: type) -> Holder:
+def grip(module: nn.Module, name: str, *mixins: type[Mixin]) -> Holder:
     """The module's holder, made at need; `name` uses these mixins from now on.
 
     Raises:
@@ -320,13 +175,9 @@ def undress(module: nn.Module, name: str) -> None:
     _dress(module, held)
 
 
-_ORDER: tuple[type, ...] = (BlockSite, BranchSite, TapSite, WeightSite, LinearSite, FrozenStatistics)
-
-
 def _dress(module: nn.Module, held: Holder) -> None:
     wanted = {m for mixins in held.users.values() for m in mixins}
-    known = [m for m in _ORDER if m in wanted]
-    mixins = tuple([*sorted(wanted - set(known), key=lambda m: m.__name__), *known])
+    mixins = tuple(sorted(wanted, key=lambda m: (m.layer, m.__name__)))
     cls = base_class(module)
     module.__class__ = site_class(cls, mixins) if mixins else cls
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from visionpeft import activation, attention, binding
+from visionpeft import acting, activation, attention, binding
 from visionpeft.adapter import Adapter
 from visionpeft.errors import MergeError, VisionPEFTError
 from visionpeft.sites import Site
@@ -63,7 +63,7 @@ def _merged_tensors(tuner: Tuner) -> dict[tuple[nn.Module, str], Tensor | None]:
         b = tensors.get((module, bias), module._parameters.get(bias))
         assert w is not None
         try:
-            w, b = binding.adapted(adapter, w, b, rows, b_rows)
+            w, b = acting.adapted(adapter, w, b, rows, b_rows)
         except VisionPEFTError as error:
             raise MergeError(str(error)) from error
         tensors[module, weight] = w

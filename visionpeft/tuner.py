@@ -42,7 +42,7 @@ class Tuner:
         self.trained: list[tuple[str, str]] = []
         self.active = True
         self.merged: list[Any] | None = None
-        self.bindings: list[tuple[nn.Module, tuple[type, ...]]] = []
+        self.bindings: list[tuple[nn.Module, tuple[type[binding.Mixin], ...]]] = []
         self._scale = 1.0
 
     @property

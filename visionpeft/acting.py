@@ -1,0 +1,170 @@
+"""What a dressed module does: one mixin for each way in which an adapter can act.
+
+    LinearSite        one fused function for base and low-rank deltas, then adapters of the output in turn
+    WeightSite        convs, norms, others: weight lent to the base class's forward, or the output adapted
+    TapSite, BranchSite   the ends of a residual branch: the first keeps its input, the last hands it to the adapters
+    BlockSite         tokens put in before a block and taken out after; taps cleared whatever happens
+
+`nn.MultiheadAttention` has its own in `visionpeft.attention`, whole models in `visionpeft.batches`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionpeft import lowrank
+from visionpeft.adapter import Adapter
+from visionpeft.binding import Mixin, Tap
+from visionpeft.errors import SiteError
+
+
+def on_rows(adapter: Adapter, x: Tensor, y: Tensor, start: int = 0) -> Tensor:
+    """The output y with the adapter's rows (counted from `start`) adapted, as strongly as it says."""
+    lo, hi = (r - start for r in adapter.rows or (start, start + y.shape[-1]))
+    if (lo, hi) == (0, y.shape[-1]):
+        return _blend(y, adapter(x, y), adapter.strength)
+    part = y[..., lo:hi]
+    return torch.cat([y[..., :lo], _blend(part, adapter(x, part), adapter.strength), y[..., hi:]], -1)
+
+
+def _blend(base: Tensor, adapted: Tensor, strength: float) -> Tensor:
+    return adapted if strength == 1 else torch.lerp(base, adapted.to(base.dtype), strength)
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None, adapters: Sequence[Adapter], fused: bool, start: int = 0) -> Tensor:
+    """A Linear with its adapters, in order. Rows of the adapters count from `start`.
+
+    x (..., in), w (out, in), b (out) or None -> (..., out).
+    """
+    parts: list[lowrank.Part] = []
+    rest = list(adapters)
+    while rest and (found := _part(rest[0], w.shape[0], start)) is not None:
+        parts.append(found)
+        rest.pop(0)
+    y = lowrank.linear(x, w, b, parts, plain=not fused) if parts else nn.functional.linear(x, w, b)
+    for adapter in rest:
+        if (found := _part(adapter, w.shape[0], start)) is not None:
+            y = y + lowrank.linear(x, torch.zeros_like(w), None, [found], plain=True)
+        else:
+            y = on_rows(adapter, x, y, start)
+    return y
+
+
+def _part(adapter: Adapter, out: int, start: int) -> lowrank.Part | None:
+    found = adapter.low_rank()
+    if found is None:
+        return None
+    a, b, scale = found
+    lo, hi = adapter.rows or (start, start + out)
+    dropout = float(getattr(adapter, "dropout", 0.0)) if adapter.training else 0.0
+    return lowrank.Part(lo - start, hi - start, scale * adapter.strength, a, b, dropout)
+
+
+class LinearSite(Mixin):
+    layer = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapters = self.peft.acting()
+        if not adapters:
+            return super().forward(x)  # type: ignore[misc]
+        return linear(x, self.weight, self.bias, adapters, self.peft.fused)  # type: ignore[attr-defined]
+
+
+class WeightSite(Mixin):
+    """Any module with `weight` and perhaps `bias`: adapters of the weight first, then those of the output."""
+
+    layer = 4
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        adapters = self.peft.acting()
+        if not adapters:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        last = max((i for i, a in enumerate(adapters) if a.on_weight), default=-1) + 1
+        params = self._parameters  # type: ignore[attr-defined]
+        w, b = params.get("weight"), params.get("bias")
+        try:
+            for adapter in adapters[:last]:
+                params["weight"], new_b = adapted(adapter, params["weight"], params.get("bias"))
+                if "bias" in params:
+                    params["bias"] = new_b
+            y = super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if last:
+                params["weight"] = w
+                if "bias" in params:
+                    params["bias"] = b
+        for adapter in adapters[last:]:
+            y = _blend(y, adapter(args[0], y), adapter.strength)
+        return y
+
+
+def adapted(adapter: Adapter, w: Tensor, b: Tensor | None, rows: slice = slice(None),
+            b_rows: slice = slice(None)) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Weight and bias with the adapter in them, in their own dtypes, as strongly as it says.
+
+    The sum is made in the wider of the dtypes, so that a half-precision weight is rounded once.
+    """
+    part_b = None if b is None else b[b_rows]
+    new_w, new_b = adapter.weight(w[rows], part_b)
+    if part_b is None and new_b is not None:
+        raise SiteError(f"{type(adapter).__name__} at {adapter.label} needs a bias, and the module has none")
+    w = _replace(w, rows, _blend(w[rows].to(new_w.dtype), new_w, adapter.strength))
+    if b is not None and new_b is not None and part_b is not None:
+        b = _replace(b, b_rows, _blend(part_b.to(new_b.dtype), new_b, adapter.strength))
+    return w, b
+
+
+def _replace(whole: Tensor, rows: slice, part: Tensor) -> Tensor:
+    part = part.to(whole.dtype)
+    lo, hi, _ = rows.indices(whole.shape[0])
+    return part if (lo, hi) == (0, whole.shape[0]) else torch.cat([whole[:lo], part, whole[hi:]])
+
+
+class TapSite(Mixin):
+    """First module of a residual branch."""
+
+    layer = 3
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tap = self.peft.tap
+        if tap is not None:
+            tap.x = x
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+class BranchSite(Mixin):
+    """Last module of a residual branch: its output is added to the residual stream."""
+
+    layer = 2
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = super().forward(*args, **kwargs)  # type: ignore[misc]
+        for adapter in self.peft.acting("branch"):
+            tap: Tap = adapter.tap  # type: ignore[assignment]
+            if tap.x is None:
+                raise SiteError(f"{adapter.label}: the branch ended before it began; was its first module replaced?")
+            y = _blend(y, adapter(tap.x, y), adapter.strength)
+        return y
+
+
+class BlockSite(Mixin):
+    """A whole block: adapters put tokens in and take them out again; taps inside hold nothing afterwards."""
+
+    layer = 1
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        adapters = self.peft.acting("block")
+        try:
+            for adapter in adapters:
+                x = adapter.before(x)
+            y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            for adapter in reversed(adapters):
+                y = adapter.after(y)
+            return y
+        finally:
+            for tap in self.peft.taps:
+                tap.x = None
