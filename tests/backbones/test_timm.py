@@ -142,7 +142,8 @@ def test_a_part_of_qkv_reaches_that_argument_of_attention_and_no_other(name, par
     tuner = attach(model, vp.LoRA(rank=2, targets=lambda s: s == site), x)
     torch.nn.init.normal_(tuner.adapters[site].b)
     now = captured(model, x, monkeypatch)[0]
-    assert [not torch.allclose(a, b, atol=1e-4) for a, b in zip(plain, now, strict=True)] == [part == p for p in ("query", "key", "value")]
+    changed = [not torch.allclose(a, b, atol=1e-4) for a, b in zip(plain, now, strict=True)]
+    assert changed == [part == p for p in ("query", "key", "value")]
 
 
 @pytest.mark.parametrize("part", ["query", "key", "value"])

@@ -166,7 +166,8 @@ ZOO = {
         heads="head.fc",
     ),
     "davit": Member(
-        _davit, 64, "qkv=4 query=4 key=4 value=4 attn_out=4 mlp_in=4 mlp_out=4 mlp=4 head=1", 8, 16, 37, heads="head.fc",
+        _davit, 64, "qkv=4 query=4 key=4 value=4 attn_out=4 mlp_in=4 mlp_out=4 mlp=4 head=1", 8, 16, 37,
+        heads="head.fc",
     ),
     "levit": Member(
         _levit, 64, "qkv=3 query=1 attn_out=3 mlp_in=3 mlp_out=3 head=4", 3, 13, 34, heads="head head_dist",

@@ -10,7 +10,10 @@ from visionpeft.backbones import Library
 
 
 def _switches(module: nn.Module, child: str) -> dict[str, Any]:
-    # In eval the layer takes a fused path past its children unless it believes its activation to be unknown.
+    # In eval the layer takes a fused path past its children unless it believes its activation to be unknown, and the
+    # encoder packs padded tokens into a nested tensor that only the fused path can read.
+    if isinstance(module, nn.TransformerEncoder):
+        return {"use_nested_tensor": False}
     return {"activation_relu_or_gelu": 0} if isinstance(module, nn.TransformerEncoderLayer) else {}
 
 
