@@ -1,6 +1,6 @@
 """visionpeft: any parameter-efficient fine-tuning method on any vision backbone.
 
-    tuner = visionpeft.attach(model, visionpeft.LoRA(rank=8), train="head")
+tuner = visionpeft.attach(model, visionpeft.LoRA(rank=8), train="head")
 """
 
 from visionpeft import methods

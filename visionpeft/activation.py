@@ -112,8 +112,9 @@ def refresh(backbone: Backbone) -> None:
         return
     names = tuple(name for name in found.order if found.tuners[name].merged is None)
     for root in backbone.roots.values():
-        for _, _, held in binding.holders(root):
+        for _, module, held in binding.holders(root):
             held.active = names
+            binding.throw_switches(module, held, names)
     settle(backbone)
 
 
@@ -127,8 +128,8 @@ def _check_shared(wanted: Sequence[Tuner]) -> None:
                 path = ".".join(part for part in key if part)
                 raise VisionPEFTError(
                     f"{other.name!r} and {tuner.name!r} each bring their own {path}, "
-                    f"{tuple(other.learnt(*key).shape)} and {tuple(tuner.learnt(*key).shape)}: they cannot act together. "
-                    "Activate one of them, or one per sample"
+                    f"{tuple(other.learnt(*key).shape)} and {tuple(tuner.learnt(*key).shape)}: they cannot act "
+                    "together. Activate one of them, or one per sample"
                 )
 
 

@@ -133,7 +133,7 @@ class Method:
         return f"{type(self).__name__}({', '.join(given)})"
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """The fields that shape the adapters, as JSON takes them. Where they sit is told by the sites, not by targets."""
+        """The fields that shape the adapters, as JSON takes them; where these sit is told by the sites."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("targets", "within", "exclude")}
 
 

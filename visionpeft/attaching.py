@@ -115,8 +115,6 @@ def _method(method: Method | str) -> Method:
     return method
 
 
-
-
 def check_name(backbone: Backbone, name: str) -> None:
     found = activation.registry(backbone)
     if not name or "." in name:
@@ -166,7 +164,7 @@ def _warn_head(backbone: Backbone, sites: Sequence[Site], trained: list[tuple[st
     for head in backbone.heads():
         if not any(path == head or path.startswith(head + ".") for path in touched):
             warnings.warn(
-                f"the classifier {head!r} neither trains nor is adapted; give train=\"head\" to train it", stacklevel=3
+                f'the classifier {head!r} neither trains nor is adapted; give train="head" to train it', stacklevel=3
             )
 
 
@@ -183,7 +181,7 @@ def _register(tuner: Tuner) -> Registry:
             param = module._parameters[name]
             assert param is not None
             registry.requires_grad.setdefault((path, name), param.requires_grad)
-        for path, module, name in backbone.named_tensors():
+        for _, module, name in backbone.named_tensors():
             module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
         for root in backbone.roots.values():
             binding.grip(root, _REGISTRY).registry = registry

@@ -31,7 +31,8 @@ class MultiheadSite(Mixin):
         rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if not adapters:
             return super().forward(query, key, value, *rest)  # type: ignore[misc]
-        if need_weights or self.bias_k is not None or self.add_zero_attn or query.dim() == 2:  # type: ignore[attr-defined]
+        hint = is_causal and attn_mask is None  # torch refuses that itself
+        if hint or need_weights or self.bias_k is not None or self.add_zero_attn or query.dim() == 2:  # type: ignore[attr-defined]
             return _lent(self, adapters, super().forward, (query, key, value, *rest))  # type: ignore[misc]
         q, k, v = _project(self, adapters, query, key, value)
         y = _attend(self, q, k, v, key_padding_mask, attn_mask)
@@ -47,13 +48,16 @@ def _project(m: Any, adapters: list[Adapter], query: Tensor, key: Tensor, value:
     if m._qkv_same_embed_dim and query is key and key is value:
         own = [a for a in adapters if a.place in QKV]
         return list(acting.linear(query, m.in_proj_weight, bias, own, fused).chunk(3, -1))
-    weights = m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+    split = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+    weights = m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else split
     biases = (None, None, None) if bias is None else bias.chunk(3)
     inputs = zip(QKV, (query, key, value), weights, biases, strict=True)
     return [acting.linear(x, w, b, at[p], fused, start=QKV.index(p) * e) for p, x, w, b in inputs]
 
 
-def _attend(m: Any, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor:
+def _attend(
+    m: Any, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+) -> Tensor:
     """Scaled dot-product attention of projected q, k, v -> (N, L, E)."""
     if not m.batch_first:
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))
@@ -90,10 +94,11 @@ def places(m: Any) -> dict[str, tuple[Any, str, str, slice, slice]]:
 
 def _lent(m: Any, adapters: list[Adapter], forward: Any, args: tuple[Any, ...]) -> Any:
     """torch's own forward on adapted weights, which go back whatever happens."""
-    at, before = places(m), {}
+    at = places(m)
+    before: dict[tuple[Any, str], Tensor | None] = {}
     try:
         for adapter in adapters:
-            if adapter.training and getattr(adapter, "dropout", 0):
+            if adapter.training and getattr(adapter, "dropout", False):
                 raise SiteError(
                     f"{adapter.label}: dropout on the adapter's input needs need_weights=False and batched input, "
                     "without bias_kv and zero_attn; set dropout=0"

@@ -43,7 +43,7 @@ class Holder(nn.Module):
         fused: whether the fused function is used where it can be.
         tap: input of the residual branch that begins here, taps: all that this block must clear.
         mixed: each sample has its own adapter, and only the root (with `samples` and `backbone`) may say which acts.
-        saved: attributes of the module that were switched, with their values before.
+        switches: attributes of the module and their values while an adapter acts, saved: their values before.
     """
 
     def __init__(self) -> None:
@@ -54,6 +54,7 @@ class Holder(nn.Module):
         self.tap: Tap | None = None
         self.taps: tuple[Tap, ...] = ()
         self.saved: dict[str, Any] = {}
+        self.switches: dict[str, Any] = {}
         self.live: dict[str, str] = {}
         self.mixed = False
         self.samples: tuple[str | None, ...] | None = None
@@ -68,10 +69,10 @@ class Holder(nn.Module):
     def acting(self, *kinds: str) -> list[Adapter]:
         """Adapters of sites of these kinds (all but branches and blocks if none is given) that act, in order."""
         if self.mixed:
-            raise VisionPEFTError("each sample has its own adapter: call the model itself, not a part or another method of it")
+            raise VisionPEFTError("each sample has its own adapter: call the model itself, not a part or other method")
         own = self._modules
-        boxes = [own[name] for name in self.active if name in own]
-        adapters = [a for box in boxes for a in box.values() if a.kind in (kinds or _MODULES)]  # type: ignore[union-attr]
+        boxes: list[Any] = [own[name] for name in self.active if name in own]
+        adapters = [a for box in boxes for a in box.values() if a.kind in (kinds or _MODULES)]
         if _fired is not None:
             _fired.update(map(id, adapters))
         return adapters
@@ -101,7 +102,9 @@ class FrozenStatistics(Mixin):
     layer = 5
 
     def train(self, mode: bool = True) -> Any:
-        return super().train(False)  # type: ignore[misc]
+        super().train(mode)  # type: ignore[misc]
+        self.training = False
+        return self
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------
@@ -119,11 +122,11 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def _rebuild(cls: type, mixins: tuple[type[Mixin], ...]) -> Any:
-    made = site_class(cls, mixins)
+    made: Any = site_class(cls, mixins)
     return made.__new__(made)
 
 
-def base_class(module: nn.Module) -> type:
+def base_class(module: nn.Module) -> Any:
     """The module's class as its owner wrote it."""
     return getattr(type(module), "_base", type(module))
 
@@ -183,10 +186,17 @@ def _dress(module: nn.Module, held: Holder) -> None:
 
 
 def switch(module: nn.Module, name: str, attribute: str, value: Any) -> None:
-    """Set an attribute of the module until `name` and all others let go of it."""
+    """Have an attribute set whenever `name` acts, see `throw_switches`."""
     held = grip(module, name)
     held.saved.setdefault(attribute, getattr(module, attribute))
-    setattr(module, attribute, value)
+    held.switches[attribute] = value
+
+
+def throw_switches(module: nn.Module, held: Holder, active: tuple[str, ...]) -> None:
+    """Switched attributes take effect while one of their users acts, and are as before while none does."""
+    acts = any(name in held.users for name in active)
+    for attribute, value in held.switches.items():
+        setattr(module, attribute, value if acts else held.saved[attribute])
 
 
 def holders(root: nn.Module) -> Iterator[tuple[str, nn.Module, Holder]]:
@@ -208,7 +218,7 @@ def set_tensor(module: nn.Module, name: str, value: Tensor | None) -> None:
     table = module._parameters if name in module._parameters else module._buffers
     table[name] = value  # type: ignore[assignment]
     if getattr(module, "attention_bias_cache", None):  # timm's LeViT keeps what it computed from its biases
-        module.attention_bias_cache = {}
+        module.attention_bias_cache = {}  # type: ignore[assignment]
     if isinstance(module, nn.Linear) and name == "weight" and value is not None:
         module.out_features, module.in_features = value.shape
 

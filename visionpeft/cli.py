@@ -43,8 +43,10 @@ def _dispatch(arguments: list[str]) -> int:
     app.command(_inspect, name="inspect")
     data.command(_check, name="check")
     app.command(data, name="data", help="Look after data sets.")
-    return app.cli(prog="visionpeft", args=arguments, config=(tyro.conf.PositionalRequiredArgs,
-                                                             tyro.conf.OmitArgPrefixes)) or 0
+    return (
+        app.cli(prog="visionpeft", args=arguments, config=(tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes))
+        or 0
+    )
 
 
 def _classify(plan: Sweep) -> int:

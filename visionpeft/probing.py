@@ -36,8 +36,8 @@ def probe(tuner: Tuner, example: Sequence[Any]) -> None:
         listed = ", ".join(f"{site} (in {' and '.join(modes)})" for site, modes in list(dead.items())[:6])
         more = f" and {len(dead) - 6} more" if len(dead) > 6 else ""
         raise DeadAdapterError(
-            f"{len(dead)} of {len(tuner.adapters)} adapters of {tuner.name!r} never act: {listed}{more}. The model does "
-            "not call these modules, or reads their weights itself: choose other targets, or exclude= them"
+            f"{len(dead)} of {len(tuner.adapters)} adapters of {tuner.name!r} never act: {listed}{more}. The model "
+            "does not call these modules, or reads their weights itself: choose other targets, or exclude= them"
         )
 
 
@@ -83,8 +83,8 @@ def _cut_off(tuner: Tuner, example: Sequence[Any]) -> list[Site]:
     params = list({id(p): p for ps in owned.values() for p in ps if p.requires_grad}.values())
     fired, out = _watch(tuner, example, grad=True)
     roots = [t.float().sum() for t in _tensors(out) if t.requires_grad and t.is_floating_point()]
-    grads = torch.autograd.grad(sum(roots), params, allow_unused=True) if roots and params else [None] * len(params)
-    reached = {id(p) for p, g in zip(params, grads, strict=True) if g is not None}
+    grads = torch.autograd.grad(roots, params, allow_unused=True) if roots and params else ()
+    reached = {id(p) for p, g in zip(params, grads, strict=False) if g is not None}
     return [
         site
         for site, ps in owned.items()
@@ -100,7 +100,8 @@ def _unasked(tuner: Tuner, example: Sequence[Any]) -> list[Site]:
 
 
 def _watch(tuner: Tuner, example: Sequence[Any], grad: bool) -> tuple[set[int], Any]:
-    binding._fired = fired = set()
+    fired: set[int] = set()
+    binding._fired = fired
     try:
         with torch.set_grad_enabled(grad):
             return fired, _run(tuner, example)
@@ -143,5 +144,3 @@ def _untouched(tuner: Tuner) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if not buffer.is_meta and not torch.equal(buffer, before):
                     buffer.copy_(before)
-
-

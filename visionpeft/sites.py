@@ -18,9 +18,7 @@ from torch import nn
 from visionpeft import backbones, binding
 from visionpeft.errors import SiteError
 
-ROLES = (
-    "query key value qkv attn_out mlp_in mlp_out norm patch_embed conv embed head attention mlp block".split()
-)
+ROLES = "query key value qkv attn_out mlp_in mlp_out norm patch_embed conv embed head attention mlp block".split()
 KINDS = ("linear", "conv", "norm", "embed", "branch", "block")
 _NORM_NAMES = ("norm", "affine")
 
@@ -54,6 +52,11 @@ class Site:
     def __str__(self) -> str:
         return f"{self.path}:{self.part}" if self.part else self.path
 
+    def row(self) -> tuple[str, ...]:
+        """The site as cells of a table."""
+        shape, called = "x".join(map(str, self.shape)), "yes" if self.called else "bypassed"
+        return self.path or "(root)", self.part, self.role, self.kind, shape, called
+
     @property
     def place(self) -> str:
         """Key of the site's adapter at its host."""
@@ -67,11 +70,11 @@ class Sites(list[Site]):
     """A list of sites that prints as a table."""
 
     def __repr__(self) -> str:
-        rows = [("path", "part", "role", "kind", "shape", "called")]
-        rows += [(s.path or "(root)", s.part, s.role, s.kind, "x".join(map(str, s.shape)), "yes" if s.called else "bypassed")
-                 for s in self]  # fmt: skip
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        rows: list[tuple[str, ...]] = [("path", "part", "role", "kind", "shape", "called")]
+        rows += [s.row() for s in self]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
 
     __str__ = __repr__
 
@@ -183,7 +186,7 @@ def _is_torch_mha(module: nn.Module) -> bool:
 def _mha_sites(path: str, m: nn.MultiheadAttention) -> list[Site]:
     e, inputs = m.embed_dim, (m.embed_dim, m.kdim or m.embed_dim, m.vdim or m.embed_dim)
     sites = [
-        Site(path, part, part, "linear", (e, width), (i * e, (i + 1) * e), host=path, called=False)
+        Site(path, part, part, "linear", (e, width), (i * e, (i + 1) * e), host=path or ".", called=False)
         for i, (part, width) in enumerate(zip(("query", "key", "value"), inputs, strict=True))
     ]
     out = f"{path}.out_proj" if path else "out_proj"
@@ -192,11 +195,12 @@ def _mha_sites(path: str, m: nn.MultiheadAttention) -> list[Site]:
 
 def _block_sites(path: str, module: nn.Module) -> list[Site]:
     found = []
+    at = f"{path}." if path else ""
     for role, (first, last, width) in backbones.branches(module).items():
-        ends = tuple(f"{path}.{end}" if path else end for end in (first, last))
-        found.append(Site(path, role, role, "branch", (width,), ends=ends))  # type: ignore[arg-type]
-    if width := backbones.block_width(module):
-        found.append(Site(path, "", "block", "block", (width,)))
+        found.append(Site(path, role, role, "branch", (width,), ends=(at + first, at + last)))
+    tokens = backbones.block_width(module)
+    if tokens:
+        found.append(Site(path, "", "block", "block", (tokens,)))
     return found
 
 

@@ -55,8 +55,8 @@ def save(tuner: Tuner, path: str | Path, metadata: dict[str, Any]) -> None:
         "scale": tuner.scale,
         "sites": [_site_entry(site, adapter, enter) for site, adapter in tuner.adapters.items()],
         "tensors": [
-            {"path": p, "name": n, "key": enter(f"{p}.{n}" if p else n, tuner.learnt(p, n)), "train": (p, n) in tuner.trained}
-            for p, n in tuner.in_place
+            {"path": p, "name": n, "train": (p, n) in tuner.trained, "key": enter(f"{p}.{n}".lstrip("."), value)}
+            for (p, n), value in ((key, tuner.learnt(*key)) for key in tuner.in_place)
         ],
         "backbone": describe(tuner.backbone),
         "versions": _versions(tuner.backbone),
@@ -142,7 +142,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
     if missing:
         raise AdapterFileError(f"{path}: the header lacks {', '.join(sorted(missing))}")
     if header["format"] > FORMAT:
-        raise AdapterFileError(f"{path}: format {header['format']} is newer than this version knows ({FORMAT}): upgrade")
+        raise AdapterFileError(
+            f"{path}: format {header['format']} is newer than {FORMAT}, the last known here: upgrade"
+        )
     return header
 
 
@@ -213,7 +215,7 @@ def _sites(header: dict[str, Any], backbone: Backbone, path: str | Path) -> list
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise AdapterFileError(
-            f"{path}: made for another model, a {there.get('class') or 'module'} of {there.get('library') or 'no library'}: "
+            f"{path}: made for another model, a {there.get('class')} of {there.get('library') or 'no known library'}: "
             + "; ".join(wrong[:3]) + more
         )  # fmt: skip
     return found
@@ -223,7 +225,7 @@ def _check_tensors(keys: list[tuple[str, str]], backbone: Backbone, path: str | 
     have = {(p, n) for p, _, n in backbone.named_tensors(buffers=True)}
     gone = [f"{p}.{n}" for p, n in keys if (p, n) not in have]
     if gone:
-        raise AdapterFileError(f"{path}: the model has no {', '.join(gone[:3])}, which the adapter brings its own copy of")
+        raise AdapterFileError(f"{path}: the model has no {', '.join(gone[:3])}, which the adapter has a copy of")
 
 
 @torch.no_grad()
@@ -239,4 +241,3 @@ def _fill(built: dict[Site, Any], header: dict[str, Any], tensors: dict[str, Ten
                 raise AdapterFileError(f"{path}: {site}.{name} is {got}, expected {tuple(value.shape)}")
             if not value.is_meta:
                 value.copy_(source)
-

@@ -51,7 +51,8 @@ class Tuner:
 
     def __repr__(self) -> str:
         state = "merged" if self.merged is not None else "active" if self.active else "resting"
-        return f"Tuner({self.name!r}, {self.method.summary()}, {len(self.sites)} sites, {self.num_parameters:,} parameters, {state})"
+        size = f"{len(self.sites)} sites, {self.num_parameters:,} parameters"
+        return f"Tuner({self.name!r}, {self.method.summary()}, {size}, {state})"
 
     # ---- parameters
 
@@ -89,7 +90,7 @@ class Tuner:
             yield f"{path}.{name}" if path else name, self.learnt(path, name)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor of the adapter, `site.tensor`, and every copy that learns in place, under its name in the model."""
+        """Every tensor of the adapter as `site.tensor`, and every copy that learns in place by its name."""
         return {key: value.detach() for key, value in self._named()}
 
     @torch.no_grad()
@@ -210,7 +211,7 @@ class Tuner:
         probe(self, example)
 
     def save(self, path: str | Path, **metadata: Any) -> None:
-        """Write one `.safetensors` file; `metadata` is anything that JSON takes. The old file stays if writing fails."""
+        """Write one `.safetensors` file; `metadata` is anything that JSON takes. If it fails, the old file stays."""
         from visionpeft.state import save
 
         save(self, path, metadata)

@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionpeft.backbones import Library
+from visionpeft.backbones import Library, Role
 from visionpeft.binding import base_class
 
-_ATTENTION = {
+_ATTENTION: dict[str, Role] = {
     "qkv": ("query", "key", "value"), "kv": ("key", "value"),
     "q": "query", "k": "key", "v": "value", "q_proj": "query", "k_proj": "key", "v_proj": "value",
     "proj": "attn_out", "out_proj": "attn_out",
     "qkv.linear": ("query", "key", "value"), "kv.linear": ("key", "value"),  # LeViT
     "q.ln.linear": "query", "proj.ln.linear": "attn_out",
 }  # fmt: skip
-_MLP = {
+_MLP: dict[str, Role] = {
     "fc1": "mlp_in", "fc1_g": "mlp_in", "fc1_x": "mlp_in", "w1": "mlp_in", "w2": "mlp_in",
     "fc2": "mlp_out", "w3": "mlp_out",
     "ln1.linear": "mlp_in", "ln2.linear": "mlp_out",
 }  # fmt: skip
 
 # x + last(... first(x)): pre-norm blocks begin a branch with the norm, post-norm blocks with the operation.
-_PRE_MLP = {"mlp": ("norm2", "drop_path2")}
+_PRE_MLP: dict[str, Role] = {"mlp": ("norm2", "drop_path2")}
 _PRE = {"attention": ("norm1", "drop_path1"), **_PRE_MLP}
 _POST = {"attention": ("attn", "drop_path1"), "mlp": ("mlp", "drop_path2")}
 _SHIFTED = {"mlp": ("mlp", "drop_path2")}  # the attention is a method that rolls its input: no module begins it

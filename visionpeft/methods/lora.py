@@ -34,7 +34,7 @@ class LoRA(Method):
         alpha: numerator of the scale; None means rank, so that the scale is 1.
         dropout: probability of dropping entries of the adapter's input; on Linears and plain convs.
         rslora: divide alpha by the root of the rank.
-        init: how A is drawn: "kaiming" (uniform, a = sqrt 5, as in the paper's code) or "gaussian" (deviation 1 / rank).
+        init: how A is drawn: "kaiming" (uniform, a = sqrt 5, as in the paper's code), "gaussian" (deviation 1 / rank).
     """
 
     key: ClassVar[str] = "lora"
@@ -75,7 +75,7 @@ class LoRA(Method):
 def _plain_conv(module: nn.Module) -> bool:
     """Whether the conv is torch's own, ungrouped and zero-padded, so that a delta can run beside it."""
     cls = base_class(module)
-    return cls in _CONVS and module.groups == 1 and module.padding_mode == "zeros"  # type: ignore[union-attr]
+    return cls in _CONVS and getattr(module, "groups", 0) == 1 and getattr(module, "padding_mode", "") == "zeros"
 
 
 class LoRAAdapter(Adapter):

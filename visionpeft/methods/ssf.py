@@ -66,7 +66,7 @@ class SSFAdapter(Adapter):
 
     def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.standardised:
-            raise MergeError(f"SSF at {self.label} cannot be merged: the conv standardises its weight, which undoes gamma")
+            raise MergeError(f"SSF at {self.label} cannot be merged: the conv standardises its weight, undoing gamma")
         if b is None:
             raise MergeError(f"SSF at {self.label} cannot be merged: there is no bias to take beta")
         gamma = self.gamma.view(-1, *[1] * (w.dim() - 1))
