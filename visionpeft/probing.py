@@ -76,6 +76,7 @@ def _run(tuner: Tuner, example: Sequence[Any]) -> Any:
     return tuner.model(*example)
 
 
+@torch.enable_grad()
 def _cut_off(tuner: Tuner, example: Sequence[Any]) -> list[Site]:
     """Sites whose adapter has tensors that the output, in train, does not depend on at all."""
     _train(tuner, True)

@@ -28,7 +28,7 @@ _PRE_MLP: dict[str, Role] = {"mlp": ("norm2", "drop_path2")}
 _PRE = {"attention": ("norm1", "drop_path1"), **_PRE_MLP}
 _POST = {"attention": ("attn", "drop_path1"), "mlp": ("mlp", "drop_path2")}
 _SHIFTED = {"mlp": ("mlp", "drop_path2")}  # the attention is a method that rolls its input: no module begins it
-_BRANCHES = {
+_BRANCHES: dict[str, dict[str, tuple[str, str]]] = {
     "Block": _PRE, "EvaBlock": _PRE, "XCABlock": _PRE,
     "SwinTransformerBlock": _PRE, "PartitionAttentionCl": _PRE,
     "HieraBlock": _PRE_MLP, "TransformerBlock2d": _PRE_MLP, "ChannelBlock": _PRE_MLP, "SpatialBlock": _PRE_MLP,
@@ -67,7 +67,7 @@ def _blocks(module: nn.Module) -> bool:
 def _heads(root: nn.Module) -> list[str]:
     if not hasattr(root, "get_classifier"):
         return []
-    found = root.get_classifier()
+    found: Any = root.get_classifier()  # type: ignore[operator]
     modules = list(found) if isinstance(found, (tuple, list)) else [found]
     modules.append(getattr(root, "aux_head", None))  # VOLO classifies every token besides
     wanted = {id(m) for m in modules if isinstance(m, nn.Module) and any(True for _ in m.parameters())}
