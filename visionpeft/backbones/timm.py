@@ -24,7 +24,7 @@ _MLP: dict[str, Role] = {
 }  # fmt: skip
 
 # x + last(... first(x)): pre-norm blocks begin a branch with the norm, post-norm blocks with the operation.
-_PRE_MLP: dict[str, Role] = {"mlp": ("norm2", "drop_path2")}
+_PRE_MLP = {"mlp": ("norm2", "drop_path2")}
 _PRE = {"attention": ("norm1", "drop_path1"), **_PRE_MLP}
 _POST = {"attention": ("attn", "drop_path1"), "mlp": ("mlp", "drop_path2")}
 _SHIFTED = {"mlp": ("mlp", "drop_path2")}  # the attention is a method that rolls its input: no module begins it
