@@ -20,6 +20,17 @@ def test_vtab_table():
     assert sum(task.num_classes for task in vtab.TASKS.values()) == 940
 
 
+def test_fgvc_and_fewshot_tables():
+    assert {name: (s.num_classes, s.images) for name, s in fgvc.SETS.items()} == {
+        "CUB_200_2011": (200, "images"), "nabirds": (555, "images"), "OxfordFlowers": (102, ""),
+        "StanfordDogs": (120, "Images"), "StanfordCars": (196, ""),
+    }  # fmt: skip
+    assert {name: (s.num_classes, s.test, s.images) for name, s in fewshot.SETS.items()} == {
+        "fgvc-aircraft": (100, 3333, "images"), "food101": (101, 30300, "images"), "standford-cars": (196, 8041, ""),
+        "oxford-flowers102": (102, 2463, "images"), "oxford-pets": (37, 3669, "images"),
+    }  # fmt: skip
+
+
 def test_sound_trees_have_no_problem(small_vtab):
     assert check(small_vtab) == []
 

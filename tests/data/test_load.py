@@ -124,6 +124,10 @@ def test_damaged_fashion_mnist(tmp_path):
     write_idx(path.with_suffix(""), np.zeros((20, 28)))
     with pytest.raises(DataError, match="not an idx file of 3 dimensions"):
         load("fashion-mnist", root=root)
+    write_idx(path.with_suffix(""), np.zeros((20, 28, 28)))
+    truncate(path.with_suffix(""))
+    with pytest.raises(DataError, match="idx3-ubyte: .*truncated"):
+        load("fashion-mnist", root=root)
 
 
 @pytest.mark.skipif(not Path(FASHION_ROOTS[0]).is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
