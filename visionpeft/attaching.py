@@ -97,10 +97,11 @@ def bind(tuner: Tuner, adapters: dict[Site, Adapter], learnt: Iterable[tuple[str
 
 def detach(tuner: Tuner) -> None:
     """Leave the model as it was before `attach`: classes, keys, Parameter objects and their flags."""
-    tuner.unmerge()
     found = activation.registry(tuner.backbone)
     if found is None or found.tuners.get(tuner.name) is not tuner:
         return
+    tuner.check_wrappers()
+    tuner.unmerge()
     _remove(tuner)
 
 
@@ -117,8 +118,8 @@ def _method(method: Method | str) -> Method:
 
 def check_name(backbone: Backbone, name: str) -> None:
     found = activation.registry(backbone)
-    if not name or "." in name:
-        raise VisionPEFTError(f"name {name!r}: expected a word without dots")
+    if not name or "." in name or hasattr(binding.Holder(), name):
+        raise VisionPEFTError(f"name {name!r}: expected a word without dots that no module has as an attribute")
     if found is None:
         return
     if name in found.tuners:

@@ -11,7 +11,7 @@ Tensors that learn in place are replaced by a trainable copy, the original set a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ def grip(module: nn.Module, name: str, *mixins: type[Mixin]) -> Holder:
     Raises:
         SiteError: the instance carries a `forward` of its own, which would shadow the binding.
     """
-    if mixins and "forward" in module.__dict__:
+    if shadowed(module, mixins):
         raise SiteError(
             f"a {type(module).__name__} carries an instance-level `forward` (accelerate and LyCORIS put one there): "
             "it would shadow the adapter. Remove that wrapper first, attach, then wrap again."
@@ -150,6 +150,11 @@ def grip(module: nn.Module, name: str, *mixins: type[Mixin]) -> Holder:
     held.users[name] = tuple(dict.fromkeys((*held.users.get(name, ()), *mixins)))
     _dress(module, held)
     return held
+
+
+def shadowed(module: nn.Module, mixins: Iterable[type[Mixin]]) -> bool:
+    """Whether the instance carries a `forward` of its own, and the mixins bring one that it would shadow."""
+    return "forward" in module.__dict__ and any("forward" in vars(mixin) for mixin in mixins)
 
 
 def release(module: nn.Module, name: str) -> None:

@@ -33,6 +33,7 @@ def merge(tuner: Tuner) -> None:
         return
     if not tuner.active:
         raise MergeError(f"{tuner.name!r} is resting: activate it before merging, so that what merges is what acted")
+    tuner.check_wrappers()
     tensors = _merged_tensors(tuner)  # refuses here, before anything changes
     written = []
     for (module, name), value in tensors.items():

@@ -174,6 +174,15 @@ class Tuner:
 
     # ---- what becomes of it
 
+    def check_wrappers(self) -> None:
+        """Refuse to undress modules whose adapted forward somebody has wrapped since (accelerate, LyCORIS)."""
+        for module, mixins in self.bindings:
+            if binding.shadowed(module, mixins):
+                raise VisionPEFTError(
+                    f"a {type(module).__name__} got an instance-level `forward` after {self.name!r} was attached, which "
+                    "holds the adapted one: remove that wrapper first"
+                )
+
     def merge(self) -> None:
         """Write the adapter into the weights. The model then runs as fast as without it and emits no adapter keys.
 
