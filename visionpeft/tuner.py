@@ -179,7 +179,7 @@ class Tuner:
         for module, mixins in self.bindings:
             if binding.shadowed(module, mixins):
                 raise VisionPEFTError(
-                    f"a {type(module).__name__} got an instance-level `forward` after {self.name!r} was attached, which "
+                    f"a {type(module).__name__} got an instance-level `forward` after {self.name!r} came, which "
                     "holds the adapted one: remove that wrapper first"
                 )
 
