@@ -32,7 +32,7 @@ from visionpeft.pipelines.recipes import plan_for
 from visionpeft.pipelines.selection import grid_points, select
 from visionpeft.pipelines.settings import BASELINES, Config, Result, Settings, Sweep
 from visionpeft.report.classification import cell_report, sweep_report
-from visionpeft.report.table import Row, summarise, write_csv
+from visionpeft.report.table import Row, markdown, summarise, write_csv
 from visionpeft.training import make_accelerator, runs, score
 
 __all__ = ["BASELINES", "Config", "Outcome", "Result", "Settings", "Sweep", "run", "sweep"]
@@ -154,7 +154,7 @@ def sweep(plan: Sweep, watch: Callable[[int, int, Config], Progress] | None = No
           done: Callable[[Config, Result | str], None] | None = None) -> Outcome:
     """Do all cells; finished ones are skipped, a failed one is noted and the others go on.
 
-    Writes results.csv and report.html into `plan.out`.
+    Writes results.csv, results.md and report.html into `plan.out`.
 
     Args:
         watch: called before a cell with (its number, number of cells, config); gives its progress callback.
@@ -193,6 +193,7 @@ def _write_summary(plan: Sweep, outcome: Outcome) -> None:
         return
     rows = summarise(outcome.results)
     write_csv(outcome.folder / "results.csv", rows)
+    runs.write_text(outcome.folder / "results.md", markdown(rows))
     runs.write_text(outcome.folder / "report.html", sweep_report(outcome, rows, vtab_table(rows)))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from visionpeft import data
 from visionpeft.data.preprocessing import AUGMENTATIONS
-from visionpeft.data.sets import ArraySource
+from visionpeft.data.sets import ArraySource, FileSource
+from visionpeft.errors import DataError
 from visionpeft.training import LoaderFeed, TensorFeed, make_feed
 
 SPEC = data.Preprocessing((0.5,) * 3, (0.25,) * 3, (8, 8))
@@ -56,3 +59,10 @@ def test_augmentation_depends_on_seed_epoch_and_image(images: data.ImageSet, aug
 
 def test_names_are_the_sources(images: data.ImageSet) -> None:
     assert make_feed(images, random=False).name(3) == "noise[3]"
+
+
+def test_a_broken_image_is_named_also_from_a_worker(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG but no more")
+    images = data.ImageSet(FileSource([str(tmp_path / "broken.png")]), np.zeros(1, np.int64), SPEC.transform())
+    with pytest.raises(DataError, match="^.*broken.png[^\n]*$"):
+        list(LoaderFeed(images, workers=1).batches([[0]], 0, 0))

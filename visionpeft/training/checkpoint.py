@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from visionpeft.errors import VisionPEFTError
+from visionpeft.training import runs
 
 
 class CheckpointError(VisionPEFTError):
@@ -42,15 +43,10 @@ def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def write(path: Path, state: dict[str, Any]) -> None:
     """Write `state` so that a crash at any moment leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with runs.replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from visionpeft.errors import DataError
 from visionpeft.training.order import seed_all
 
 MEMORY_LIMIT = 1 * 2**30
@@ -79,11 +80,21 @@ class LoaderFeed:
     def batches(self, pieces: Sequence[list[int]], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader: DataLoader = DataLoader(
             _Seeded(self.images, seed, epoch), batch_sampler=list(pieces), num_workers=self.workers)
-        for piece, inputs in zip(pieces, loader, strict=True):
-            yield inputs, self.targets[torch.tensor(piece, dtype=torch.long)]
+        try:
+            for piece, inputs in zip(pieces, loader, strict=True):
+                yield inputs, self.targets[torch.tensor(piece, dtype=torch.long)]
+        except DataError as error:
+            raise DataError(_own_words(str(error))) from error
 
     def name(self, index: int) -> str:
         return str(self.images.path(index))
+
+
+def _own_words(message: str) -> str:
+    """The message of an error in a worker process, without the traceback that DataLoader puts before it."""
+    if not message.startswith("Caught "):
+        return message
+    return message.rpartition("DataError: ")[2].strip()
 
 
 def make_feed(images: Any, random: bool, workers: int | None = None, limit: int = MEMORY_LIMIT) -> Feed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from visionpeft.errors import VisionPEFTError, require
-from visionpeft.training import checkpoint
+from visionpeft.training import checkpoint, runs
 from visionpeft.training.feed import Feed
 from visionpeft.training.order import Update, seed_all, updates
 from visionpeft.training.recipe import Criterion, Recipe, make_optimizer, make_scheduler
@@ -200,9 +199,7 @@ class _Run:
     def _write_rows(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
             return
-        temporary = self.folder / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.history.rows))
-        os.replace(temporary, self.folder / "metrics.jsonl")
+        runs.write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history.rows))
 
     def _checkpoint(self, epoch: int, update: int) -> None:
         """Save after a while; the position is that of the next update."""
