@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
 import pytest
 import torch
 import zoo
-from torch import nn
 
 import visionpeft as vp
 from visionpeft.errors import VisionPEFTError
@@ -22,7 +22,7 @@ every = pytest.mark.parametrize("case", zoo.CASES, ids=str)
 @every
 def test_state_at_the_start(case):
     x = zoo.inputs(case.backbone)
-    base = zoo.see(zoo.plain(case.backbone), x)
+    base = zoo.base(case.backbone)
     model, _ = zoo.tune(case, shake=False)
     far = zoo.distance(zoo.see(model, x), base)
     start = START.get(case.method, "identity")
@@ -40,7 +40,7 @@ def test_training_mode_at_the_start_is_the_identity_too(case):
     if case.method in START:
         pytest.skip("starts elsewhere")
     x = zoo.inputs(case.backbone)
-    base = zoo.plain(case.backbone).train(not vp.METHODS[case.method].freezes_statistics)
+    base = zoo.plain(case.backbone).requires_grad_(False).train(not vp.METHODS[case.method].freezes_statistics)
     reference = zoo.see(base, x)
     model, _ = zoo.tune(case, shake=False)
     far = zoo.distance(zoo.run(model.train(), x).detach(), reference)
@@ -126,7 +126,7 @@ def test_base_keys_stay_and_a_base_checkpoint_loads_strictly(case):
     y = zoo.see(model, x)
     result = model.load_state_dict(original, strict=True)
     assert result.missing_keys == [] and result.unexpected_keys == []
-    expected = zoo.see(zoo.plain(case.backbone), x) if not tuner.adapters else y
+    expected = zoo.base(case.backbone) if not tuner.adapters else y
     assert torch.equal(zoo.see(model, x), expected)
     with pytest.raises(RuntimeError, match="Missing key|Unexpected key"):
         model.load_state_dict({"nonsense": torch.zeros(1)}, strict=True)
@@ -160,13 +160,34 @@ def test_training_with_gradients_equals_eval_without(case):
     loud = zoo.run(model.train(), x)
     assert loud.requires_grad
     far = zoo.distance(loud.detach(), quiet)
-    assert far == 0 if case.exact else far < 1e-5
+    # Attention takes other kernels where a position bias learns, in the plain model too.
+    assert far == 0 if case.exact and case.method != "full" else far < 1e-5
+
+
+@every
+def test_dropout_acts_in_training_only(case):
+    """Adapters take the mode of the model that they are put on; nobody has to call eval() again."""
+    if "dropout" not in {f.name for f in dataclasses.fields(vp.METHODS[case.method])}:
+        pytest.skip("no dropout")
+    if case.method == "lora" and case.backbone in ("efficientnet", "bit", "nfnet", "resnet"):
+        pytest.skip("refused by name where only the weight can be adapted")
+    x = zoo.inputs(case.backbone)
+    model, _ = zoo.tune(case, dropout=0.5)
+    quiet = zoo.see(model, x)
+    assert torch.equal(quiet, zoo.see(model, x))
+    assert torch.equal(quiet, zoo.see(zoo.tune(case)[0], x))
+    model.train()
+    assert not torch.equal(zoo.see(model, x), zoo.see(model, x))
+    torch.manual_seed(1)
+    first = zoo.see(model, x)
+    torch.manual_seed(1)
+    assert torch.equal(first, zoo.see(model, x))
 
 
 @every
 def test_disabled_is_the_base_and_nests(case):
     x = zoo.inputs(case.backbone)
-    base = zoo.see(zoo.plain(case.backbone), x)
+    base = zoo.base(case.backbone)
     model, tuner = zoo.tune(case)
     on = zoo.see(model, x)
     assert zoo.distance(on, base) > 1e-4
@@ -196,7 +217,7 @@ def test_disabled_can_train_nothing_and_optimiser_state_survives(case):
 @every
 def test_scale_goes_from_base_to_adapted(case):
     x = zoo.inputs(case.backbone)
-    base = zoo.see(zoo.plain(case.backbone), x)
+    base = zoo.base(case.backbone)
     model, tuner = zoo.tune(case, train=False)
     if case.method == "linear":
         pytest.skip("train= tensors are taken whole")
@@ -234,11 +255,12 @@ def test_two_at_once(case):
     if case.method == "linear":
         pytest.skip("one head at a time")
     x = zoo.inputs(case.backbone)
-    base = zoo.see(zoo.plain(case.backbone), x)
-    model, a = zoo.tune(case, name="a", train=False)
+    base = zoo.base(case.backbone)
+    model, a = zoo.tune(case, zoo.plain(case.backbone).requires_grad_(False), name="a", train=False)
     only_a = zoo.see(model, x)
     _, b = zoo.tune(case, model, name="b", train=False, shake=False)
     zoo.disturb(b, seed=2)
+    vp.activate(model, {"a": 1.0, "b": 1.0})
     assert list(vp.tuners(model)) == ["a", "b"]
     both = zoo.see(model, x)
     with b.disabled():
@@ -257,6 +279,38 @@ def test_two_at_once(case):
     assert torch.equal(only_b, zoo.see(model, x))
     b.detach()
     assert torch.equal(base, zoo.see(model, x))
+
+
+@every
+def test_two_at_once_learn_or_say_that_they_cannot(case):
+    if case.method == "linear":
+        pytest.skip("one head at a time")
+    x = zoo.inputs(case.backbone)
+    model, a = zoo.tune(case, name="a", train=False)
+    try:
+        _, b = zoo.tune(case, model, name="b", train=False)
+    except VisionPEFTError as error:
+        assert "'a'" in str(error)
+        return
+    out = zoo.run(model, x)
+    assert out.requires_grad
+    zoo.loss(out).backward()
+    assert all(p.grad is not None for t in (a, b) for p in t.parameters())
+
+
+@every
+def test_at_half_strength_it_learns_or_says_that_it_cannot(case):
+    if case.method in ("linear", "vpt"):
+        pytest.skip("no scale")
+    model, tuner = zoo.tune(case, train=False)
+    try:
+        tuner.scale = 0.5
+    except VisionPEFTError:
+        return
+    out = zoo.run(model, zoo.inputs(case.backbone))
+    assert out.requires_grad
+    zoo.loss(out).backward()
+    assert all(p.grad is not None for p in tuner.parameters())
 
 
 @pytest.mark.parametrize("case", [c for c in zoo.CASES if "head" in zoo.OFFERS[c.backbone]], ids=str)
@@ -355,11 +409,8 @@ def test_no_input_is_kept_after_the_forward(case):
     model, _ = zoo.tune(case)
     x = tuple(t.clone() for t in zoo.inputs(case.backbone))
     zoo.see(model, x)
-    big = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter)]
-    own = {id(b) for b in model.buffers()}
     taps = [getattr(m, "tap", None) for m in model.modules()]
     assert all(t.x is None for t in taps if t is not None)
-    del big, own
 
 
 def test_a_failing_block_leaves_no_tap_behind():

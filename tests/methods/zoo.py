@@ -50,8 +50,8 @@ def _bit() -> nn.Module:
 
 def _efficientnet() -> nn.Module:
     """Depthwise, grouped (2 groups of 8) and same-padded convs."""
-    from timm.models.efficientnet import EfficientNet
     from timm.models._efficientnet_builder import decode_arch_def
+    from timm.models.efficientnet import EfficientNet
 
     arch = [["ds_r1_k3_s2_e1_c8_se0.25"], ["ir_r1_k3_s2_e2_c16_se0.25_gs8"], ["cn_r1_k1_s1_c16"]]
     model = EfficientNet(decode_arch_def(arch), num_classes=CLASSES, stem_size=8, num_features=16, pad_type="same")
@@ -170,6 +170,11 @@ def plain(backbone: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return copy.deepcopy(_original(backbone)).to(dtype)
 
 
+def base(backbone: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the frozen backbone gives for `inputs`. Frozen, for torch's attention runs other kernels otherwise."""
+    return see(plain(backbone, dtype).requires_grad_(False), inputs(backbone, dtype))
+
+
 def inputs(backbone: str, dtype: torch.dtype = torch.float32, batch: int = 2) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(3)
     if backbone == "encoder":
@@ -204,7 +209,7 @@ def method(key: str, **fields: Any) -> Any:
 
 def tune(case: Case, model: nn.Module | None = None, *, name: str = "default", train: bool = True,
          shake: bool = True, **fields: Any) -> tuple[nn.Module, vp.Tuner]:  # fmt: skip
-    """An adapted backbone. `train`: with its head where it has one; `shake`: every learnt tensor moved off its start."""
+    """An adapted backbone. `train`: with its head, if it has one; `shake`: every learnt tensor moved off its start."""
     model = plain(case.backbone) if model is None else model
     torch.manual_seed(11)
     head = "head" if train and "head" in OFFERS[case.backbone] else None
@@ -247,16 +252,23 @@ def step(model: nn.Module, tuner: vp.Tuner, x: tuple[Tensor, ...], lr: float = 0
     optimiser.step()
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All that must be the same again after detach, down to the identity of the objects."""
-    seen: dict[str, Any] = {"keys": list(model.state_dict()), "values": [v.clone() for v in model.state_dict().values()]}
+def snapshot(model: nn.Module, ours: bool = True) -> dict[str, Any]:
+    """All that must be the same again after detach, down to the identity of the objects; `ours`: our holders too."""
+    state = model.state_dict()
+    seen: dict[str, Any] = {"keys": list(state), "values": [v.clone() for v in state.values()]}
     for path, module in model.named_modules():
+        if not ours and "peft" in path.split("."):
+            continue
         own = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str, tuple, type(None)))}
-        seen[f"module {path}"] = (type(module), id(module), own, list(module._modules), list(module._buffers))
-        seen[f"hooks {path}"] = [list(h) for h in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)]
+        children = [name for name in module._modules if ours or name != "peft"]
+        seen[f"module {path}"] = (type(module), id(module), own, children, list(module._buffers))
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        seen[f"hooks {path}"] = [list(h) for h in hooks]
     for name, p in model.named_parameters(remove_duplicate=False):
         seen[f"parameter {name}"] = (type(p), id(p), p.data_ptr(), p.requires_grad, p.grad is None)
     for name, b in model.named_buffers(remove_duplicate=False):
+        if not ours and "peft" in name.split("."):
+            continue
         seen[f"buffer {name}"] = (id(b), b.data_ptr())
     return seen
 
