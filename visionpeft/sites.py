@@ -104,8 +104,9 @@ class Backbone:
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module of the user's, once; nothing of ours."""
+        seen: set[nn.Module] = set()  # components may share modules
         for name, root in self.roots.items():
-            for path, module in root.named_modules():
+            for path, module in root.named_modules(memo=seen):
                 if binding.SLOT not in path.split("."):
                     yield ".".join(p for p in (name, path) if p), module
 
