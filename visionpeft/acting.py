@@ -98,7 +98,7 @@ class WeightSite(Mixin):
                 if "bias" in params:
                     params["bias"] = b
         for adapter in adapters[last:]:
-            y = _blend(y, adapter(args[0], y), adapter.strength)
+            y = _blend(y, adapter(args[0] if args else next(iter(kwargs.values())), y), adapter.strength)
         return y
 
 
@@ -113,7 +113,7 @@ def adapted(adapter: Adapter, w: Tensor, b: Tensor | None, rows: slice = slice(N
     if part_b is None and new_b is not None:
         raise SiteError(f"{type(adapter).__name__} at {adapter.label} needs a bias, and the module has none")
     w = _replace(w, rows, _blend(w[rows].to(new_w.dtype), new_w, adapter.strength))
-    if b is not None and new_b is not None and part_b is not None:
+    if b is not None and new_b is not None and part_b is not None and new_b is not part_b:
         b = _replace(b, b_rows, _blend(part_b.to(new_b.dtype), new_b, adapter.strength))
     return w, b
 

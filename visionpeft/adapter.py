@@ -137,7 +137,11 @@ class Method:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("targets", "within", "exclude")}
 
 
-def factory(w: Tensor) -> dict[str, Any]:
-    """Device and dtype for the tensors of an adapter beside `w`: at least single precision, so that they can learn."""
+def factory(module: nn.Module) -> dict[str, Any]:
+    """Device and dtype for the tensors of an adapter: those of the module's first parameter.
+
+    At least single precision, so that they can learn.
+    """
+    w = next(module.parameters())
     dtype = w.dtype if w.dtype in (torch.float32, torch.float64) else torch.float32
     return {"device": w.device, "dtype": dtype}

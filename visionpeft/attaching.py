@@ -210,7 +210,7 @@ def _place(tuner: Tuner, site: Site, adapter: Adapter) -> None:
     held = _dress(tuner, host, _mixin(site, host))
     box = held._modules.setdefault(tuner.name, nn.ModuleDict())
     assert isinstance(box, nn.ModuleDict)
-    box._modules[site.place] = adapter
+    box._modules[site.place] = adapter.train(host.training)
     _switch(tuner, path)
 
 

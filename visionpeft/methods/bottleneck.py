@@ -49,8 +49,7 @@ class Bottleneck(Method):
         return self.roles
 
     def build(self, site: Site, module: nn.Module) -> Adapter:
-        weight = next(module.parameters())
-        return BottleneckAdapter(self, site.shape[0], **factory(weight))
+        return BottleneckAdapter(self, site.shape[0], **factory(module))
 
     def act(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -68,8 +68,7 @@ class LoRA(Method):
         return None
 
     def build(self, site: Site, module: nn.Module) -> Adapter:
-        weight = next(p for p in module.parameters(recurse=False))
-        return LoRAAdapter(self, site.shape, module if _plain_conv(module) else None, **factory(weight))
+        return LoRAAdapter(self, site.shape, module if _plain_conv(module) else None, **factory(module))
 
 
 def _plain_conv(module: nn.Module) -> bool:

@@ -35,11 +35,10 @@ class SSF(Method):
 
     def build(self, site: Site, module: nn.Module) -> Adapter:
         own = module._parameters
-        weight = next(p for p in module.parameters(recurse=False))
         folds = site.kind == "norm" and own.get("weight") is not None and own.get("bias") is not None
         standardised = "Std" in base_class(module).__name__
         dims = len(site.shape) - 2 if site.kind == "conv" else 0
-        return SSFAdapter(site.shape[0], dims, folds, standardised, **factory(weight))
+        return SSFAdapter(site.shape[0], dims, folds, standardised, **factory(module))
 
 
 class SSFAdapter(Adapter):

@@ -60,8 +60,7 @@ class VPT(Method):
             at = min(1, front)
             if self.deep or site is sites[0]:
                 drops = self.deep or len(sites) == 1
-                weight = next(backbone.module(site.path).parameters())
-                found[site] = Prompts(self, site.shape[0], at, bound, drops, **factory(weight))
+                found[site] = Prompts(self, site.shape[0], at, bound, drops, **factory(backbone.module(site.path)))
             else:
                 found[site] = Cut(self.tokens, at)
         return found
