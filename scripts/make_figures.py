@@ -1,0 +1,45 @@
+"""Draw the picture of the README from a finished sweep.
+
+    make demo && python scripts/make_figures.py runs/demo/results.csv assets/demo.png
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LABELS = {"linear": "linear probe", "ssf": "SSF", "lora": "LoRA", "full": "full fine-tuning", "scratch": "from scratch"}
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """Accuracy with one deviation against the number of scalars that learn, classifier included."""
+    figure, axes = plt.subplots(figsize=(7, 3.6), dpi=150)
+    for row in (r for r in rows if r["trained_parameters"]):
+        x, y = int(row["trained_parameters"]), 100 * float(row["accuracy"])
+        error = 100 * float(row["deviation"]) if row["deviation"] else None
+        colour = "tab:grey" if row["method"] in ("linear", "full", "scratch") else "tab:blue"
+        axes.errorbar(x, y, yerr=error, fmt="o", color=colour, capsize=3)
+        axes.annotate(LABELS.get(row["method"], row["method"]), (x, y), (8, 6), textcoords="offset points")
+    for row in (r for r in rows if r["method"] == "raw"):
+        y = 100 * float(row["accuracy"])
+        axes.axhline(y, color="tab:grey", lw=1, ls=":")
+        axes.annotate("logistic regression on pixels", (0.01, y), (0, 4), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", color="tab:grey")  # fmt: skip
+    axes.set(xscale="log", xlabel="trained parameters, with classifier", ylabel="test accuracy, %")
+    axes.set_title(f"{rows[0]['model']} on {rows[0]['data']}: 1,000 images to learn from", fontsize=10)
+    axes.margins(0.18)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    source, target = sys.argv[1:]
+    with open(source, newline="", encoding="utf-8") as file:
+        draw(list(csv.DictReader(file)), Path(target))
