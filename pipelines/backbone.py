@@ -78,7 +78,8 @@ def _timm(backbone: Backbone, num_classes: int, pretrained: bool, drop_path: flo
 
 def _check_loaded(model: nn.Module, untrained: nn.Module, checkpoint: str) -> None:
     """timm loads loosely where the classifier is new: refuse a file that left parts of the backbone at random."""
-    head = model.get_classifier()
+    get: Any = getattr(model, "get_classifier", None)
+    head = get() if get is not None else None
     mine = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
     start = dict(untrained.named_parameters())
     left = [name for name, p in model.named_parameters()
