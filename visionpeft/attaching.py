@@ -77,8 +77,9 @@ def bind(tuner: Tuner, adapters: dict[Site, Adapter], learnt: Iterable[tuple[str
             tuner.adapters[site] = adapter
             _place(tuner, site, adapter)
         tuner.trained = trained
+        copies: dict[int, Tensor] = {}
         for key in dict.fromkeys([*learnt, *trained]):
-            _copy(tuner, *key, (values or {}).get(key))
+            _copy(tuner, *key, copies, (values or {}).get(key))
         _activate_new(tuner, registry)
         if probe:
             from visionpeft.probing import probe_attached
@@ -256,8 +257,11 @@ def _switch(tuner: Tuner, path: str) -> None:
             binding.switch(module, tuner.name, attribute, value)
 
 
-def _copy(tuner: Tuner, path: str, name: str, value: Tensor | None = None) -> None:
-    """A trainable copy of the original, or the value given for it, waiting to be put in its place."""
+def _copy(tuner: Tuner, path: str, name: str, copies: dict[int, Tensor], value: Tensor | None = None) -> None:
+    """A trainable copy of the original, or the value given for it, waiting to be put in its place.
+
+    Tied tensors stay tied: one original has one copy.
+    """
     module = tuner.backbone.module(path)
     held = binding.grip(module, tuner.name)
     box = held._modules.setdefault(tuner.name, nn.ModuleDict())
@@ -266,10 +270,12 @@ def _copy(tuner: Tuner, path: str, name: str, value: Tensor | None = None) -> No
         box._modules[LEARNT] = Learnt()
     original = binding.original(module, name)
     assert original is not None
-    value = original.detach().clone() if value is None else value.detach().to(original, copy=True)
-    if isinstance(original, nn.Parameter):
-        value = nn.Parameter(value)
-    activation.put_waiting(held, tuner.name, name, value)
+    if id(original) not in copies:
+        value = original.detach().clone() if value is None else value.detach().to(original, copy=True)
+        if isinstance(original, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=value.is_floating_point())
+        copies[id(original)] = value
+    activation.put_waiting(held, tuner.name, name, copies[id(original)])
     tuner.in_place.append((path, name))
 
 

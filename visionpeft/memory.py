@@ -74,7 +74,9 @@ def _layer_norm(node: Any) -> Recipe | None:
         given = iter(rest)
         weight, bias = (next(given) if has else None for has in affine)
         y = (x.contiguous().to(exact) - mean).mul_(rstd)  # the layout and the order of the kernel: same bits
-        if weight is not None:
+        if weight is None:
+            y = y if bias is None else y.add_(bias)
+        else:
             y = y.mul_(weight) if bias is None else torch.addcmul(bias.to(exact), y, weight.to(exact))
         return y.to(x.dtype)
 

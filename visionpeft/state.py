@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from visionpeft import attaching, backbones
+from visionpeft.adapter import Adapter
 from visionpeft.errors import AdapterFileError
 from visionpeft.methods import METHODS
 from visionpeft.sites import Backbone, Site
@@ -48,6 +49,9 @@ def save(tuner: Tuner, path: str | Path, metadata: dict[str, Any]) -> None:
             tensors[key] = value.detach().contiguous()
         return seen[id(value)]
 
+    if any(value.is_meta for value in tuner.state_dict().values()):
+        raise AdapterFileError(f"{path}: nothing to save: the tensors of {tuner.name!r} are on the meta device")
+    own = {(site.path, site.part) for site in tuner.sites if site.kind == "tensor"}
     header = {
         "format": FORMAT,
         "method": tuner.method.key,
@@ -55,7 +59,13 @@ def save(tuner: Tuner, path: str | Path, metadata: dict[str, Any]) -> None:
         "scale": tuner.scale,
         "sites": [_site_entry(site, adapter, enter) for site, adapter in tuner.adapters.items()],
         "tensors": [
-            {"path": p, "name": n, "train": (p, n) in tuner.trained, "key": enter(f"{p}.{n}".lstrip("."), value)}
+            {
+                "path": p,
+                "name": n,
+                "train": (p, n) in tuner.trained,
+                "site": (p, n) in own,
+                "key": enter(f"{p}.{n}".lstrip("."), value),
+            }
             for (p, n), value in ((key, tuner.learnt(*key)) for key in tuner.in_place)
         ],
         "backbone": describe(tuner.backbone),
@@ -89,10 +99,11 @@ def _write(path: Path, data: bytes) -> None:
         os.chmod(temporary, 0o666 & ~mask)  # as open() would have made it
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         kept = "; the old file is untouched" if path.exists() else ""
         raise AdapterFileError(f"{path}: cannot write: {error.strerror or error}{kept}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
@@ -135,16 +146,15 @@ def read_header(path: str | Path) -> dict[str, Any]:
     if text is None:
         raise AdapterFileError(f"{path}: a safetensors file, but not one that visionpeft wrote")
     try:
-        header = json.loads(text)
-        missing = {"format", "method", "fields", "sites", "tensors", "backbone"} - set(header)
-    except (json.JSONDecodeError, TypeError) as error:
+        header = dict(json.loads(text))
+        version = int(header.get("format", FORMAT))
+    except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{path}: the header is damaged: {error}") from error
+    missing = {"format", "method", "fields", "sites", "tensors", "backbone", "scale"} - set(header)
     if missing:
         raise AdapterFileError(f"{path}: the header lacks {', '.join(sorted(missing))}")
-    if header["format"] > FORMAT:
-        raise AdapterFileError(
-            f"{path}: format {header['format']} is newer than {FORMAT}, the last known here: upgrade"
-        )
+    if version > FORMAT:
+        raise AdapterFileError(f"{path}: format {version} is newer than {FORMAT}, the last known here: upgrade")
     return header
 
 
@@ -159,28 +169,43 @@ def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
     """
     header = read_header(path)
     backbone = Backbone(model)
-    method = _method(header, path)
-    sites = _sites(header, backbone, path)
-    try:
-        tensors = safetensors.torch.load_file(str(path))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterFileError(f"{path}: no readable safetensors file ({error})") from error
     name = name or Path(path).stem.replace(".", "_")
     attaching.check_name(backbone, name)
-    entries = header["tensors"]
-    keys = [(e["path"], e["name"]) for e in entries]
-    _check_tensors(keys, backbone, path)
-    tuner = Tuner(backbone, method, name, sites)
+    tensors = _tensors(path)
+    try:
+        tuner, built, values, trained, scale = _interpret(header, tensors, backbone, name, path)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise AdapterFileError(f"{path}: the header is damaged: {type(error).__name__}: {error}") from error
+    attaching.bind(tuner, built, values, trained, probe=True, values=values)
+    if scale != 1:
+        tuner.scale = scale
+    return tuner
+
+
+def _tensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(str(path))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterFileError(f"{path}: no readable safetensors file ({error})") from error
+
+
+Interpreted = tuple[Tuner, dict[Site, Adapter], dict[tuple[str, str], Tensor], list[tuple[str, str]], float]
+
+
+def _interpret(
+    header: dict[str, Any], tensors: dict[str, Tensor], backbone: Backbone, name: str, path: str | Path
+) -> Interpreted:
+    """Filled adapters and the model's own tensors that a file describes; nothing is attached yet."""
+    method = _method(header, path)
+    sites = _sites(header, backbone, path)
     built = method.adapters(sites, backbone) if sites else {}
     _fill(built, header, tensors, path)
-    trained = [key for key, e in zip(keys, entries, strict=True) if e["train"]]
-    values = {key: tensors[e["key"]] for key, e in zip(keys, entries, strict=True)}
-    if not header["sites"]:
-        tuner.sites = [Site(p, n, "", "tensor", tuple(values[p, n].shape)) for p, n in keys if (p, n) not in trained]
-    attaching.bind(tuner, built, keys, trained, probe=True, values=values)
-    if header.get("scale", 1.0) != 1.0:
-        tuner.scale = header["scale"]
-    return tuner
+    entries = {(e["path"], e["name"]): e for e in header["tensors"]}
+    _check_tensors(list(entries), backbone, path)
+    values = {key: tensors[e["key"]] for key, e in entries.items()}
+    sites = sites + [Site(*key, "", "tensor", tuple(values[key].shape)) for key, e in entries.items() if e["site"]]
+    trained = [key for key, e in entries.items() if e["train"]]
+    return Tuner(backbone, method, name, sites), built, values, trained, float(header["scale"])
 
 
 def _method(header: dict[str, Any], path: str | Path) -> Any:

@@ -67,9 +67,9 @@ class Tuner:
     @property
     def num_parameters(self) -> int:
         """Scalars of the method itself, shared ones once, without `train=`; for full fine-tuning all of the base."""
-        own = {id(p): p.numel() for adapter in self.adapters.values() for p in adapter.parameters()}
-        learnt = [self.learnt(*key) for key in self.in_place if self._counts(key)]
-        return sum(own.values()) + sum(t.numel() for t in learnt if isinstance(t, nn.Parameter))
+        own: list[Tensor] = [p for adapter in self.adapters.values() for p in adapter.parameters()]
+        own += [self.learnt(*key) for key in self.in_place if self._counts(key)]
+        return sum({id(t): t.numel() for t in own if isinstance(t, nn.Parameter)}.values())
 
     def _counts(self, key: tuple[str, str]) -> bool:
         return key not in self.trained or any((s.path, s.part) == key and s.kind == "tensor" for s in self.sites)
