@@ -17,7 +17,8 @@ from visionpeft.errors import MergeError
 
 
 def lora(model: nn.Module, targets: str = "linear", name: str = "default", **more: object) -> vp.Tuner:
-    tuner = vp.attach(model, vp.LoRA(rank=2, targets=targets, **more), name=name, train=None if name != "default" else "head")
+    train = "head" if name == "default" else None
+    tuner = vp.attach(model, vp.LoRA(rank=2, targets=targets, **more), name=name, train=train)
     for adapter in tuner.adapters.values():
         nn.init.normal_(adapter.b)
     return tuner
@@ -40,7 +41,8 @@ def test_any_sequence_ends_where_it_began(steps):
             torch.testing.assert_close(model(x), adapted, rtol=1e-5, atol=1e-5)
         elif step == "disable":
             with tuner.disabled():
-                torch.testing.assert_close(model.fc1(x), nn.functional.linear(x, before["bits"]["fc1.weight"], model.fc1.bias))
+                base = nn.functional.linear(x, before["bits"]["fc1.weight"], model.fc1.bias)
+                torch.testing.assert_close(model.fc1(x), base)
         elif tuner.merged is None:
             tuner.scale = 0.5
             tuner.scale = 1.0

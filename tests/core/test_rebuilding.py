@@ -55,10 +55,11 @@ VIEWS = {
     "select": lambda y: y[..., 0],
     "chunk": lambda y: y.chunk(2, -1)[1],
 }
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
 @settings(max_examples=300, deadline=None)
-@given(*map(st.sampled_from, (list(SOURCES), list(LAYOUTS), list(VIEWS), [torch.float32, torch.bfloat16, torch.float64])))
+@given(*map(st.sampled_from, (list(SOURCES), list(LAYOUTS), list(VIEWS), DTYPES)))
 def test_what_is_rebuilt_is_bit_equal_in_value_and_layout(source, layout, view, dtype):
     torch.manual_seed(0)
     leaf = torch.randn(3, 4, 6, dtype=dtype, requires_grad=True)
