@@ -147,7 +147,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path}: a safetensors file, but not one that visionpeft wrote")
     try:
         header = dict(json.loads(text))
-        version = int(header.get("format", FORMAT))
+        version = header.get("format", FORMAT)
+        if not isinstance(version, int):
+            raise TypeError(f"format {version!r} is no number")
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{path}: the header is damaged: {error}") from error
     missing = {"format", "method", "fields", "sites", "tensors", "backbone", "scale"} - set(header)
