@@ -20,11 +20,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from slim_vit import Slim
 from torch import Tensor, nn
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 VIT, CONVNET = "vit_small_patch14_dinov2", "tf_efficientnet_lite0"
-DROP = (0.5,) * 2 + (0.75,) * 6 + (0.5,) * 8 + (0.0,) * 2
+DROP = (0.5,) * 2 + (0.75,) * 7 + (0.5,) * 4
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -84,7 +85,7 @@ def make_convnet(weights: str) -> nn.Module:
     """EfficientNet-Lite0 in eval mode, without head; its file names tensors otherwise, in timm's order."""
     import timm
 
-    model = timm.create_model(CONVNET, pretrained=False)
+    model: Any = timm.create_model(CONVNET, pretrained=False)
     source = [v for k, v in torch.load(weights, weights_only=True).items() if "num_batches_tracked" not in k]
     names = [k for k in model.state_dict() if "num_batches_tracked" not in k]
     model.load_state_dict(dict(zip(names, source, strict=True)), strict=False)
@@ -132,109 +133,8 @@ def fit_head(features: Tensor, labels: Tensor, steps: int = 100) -> nn.Linear:
     optimiser.step(closure)  # type: ignore[arg-type]  # the stub wants float
     with torch.no_grad():
         head.weight /= std
-        head.bias -= head.weight @ mean
+        head.bias.sub_(head.weight @ mean)
     return head.requires_grad_(False)
-
-
-# A start for the student: the teacher, seen through fewer directions
-
-
-class Slim:
-    """Half of the teacher's blocks, heads and hidden units, in the principal directions of its residual stream.
-
-    A pre-norm transformer reads its stream x (centred, d = 384) only through LayerNorm, that is by direction. With
-    P [192, 384] the leading principal directions, rotated into the plane orthogonal to (1, ..., 1) so that the
-    student's own LayerNorm has no mean to take away, the student carries P x, and a layer W gamma LN(x) + W beta
-    becomes sqrt(2) rho W gamma P^T LN(P x) + W beta with rho = E |P x| / |x|. What is dropped leaves its mean behind.
-    """
-
-    def __init__(self, teacher: nn.Module, depth: int, width: int, images: Tensor) -> None:
-        self.teacher: Any = teacher
-        self.width = width
-        self.chosen = [round(i) for i in np.linspace(0, len(self.teacher.blocks) - 1, depth)]
-        self.inputs: dict[str, Tensor] = {}
-        self.stream = [self._watch(f"blocks.{i}.norm1") for i in self.chosen] + [self._watch("norm")]
-        for i in self.chosen:
-            self._watch(f"blocks.{i}.attn.proj")
-            self._watch(f"blocks.{i}.mlp.fc2")
-        with torch.inference_mode():
-            teacher(images)
-        self.basis, self.rho = self._directions()
-
-    def _watch(self, name: str) -> str:
-        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.inputs[name] = args[0].flatten(0, -2)
-
-        self.teacher.get_submodule(name).register_forward_pre_hook(keep)
-        return name
-
-    def _directions(self) -> tuple[Tensor, dict[str, float]]:
-        unit = {}
-        for name in self.stream:
-            x = self.inputs[name] - self.inputs[name].mean(-1, keepdim=True)
-            unit[name] = F.normalize(x, dim=-1)
-        moment = sum(x.double().T @ x.double() for x in unit.values())
-        top = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : self.width - 1].T
-        ones = torch.full((self.width, 1), self.width**-0.5, dtype=torch.float64)
-        plane = torch.linalg.svd(ones).U[:, 1:]
-        basis = (plane @ top).float()
-        return basis, {name: float((x @ basis.T).norm(dim=-1).mean()) for name, x in unit.items()}
-
-    def fill(self, student: Any) -> None:
-        """Write the student's tensors in place (head left alone)."""
-        from timm.layers import resample_patch_embed
-
-        teacher, patch = self.teacher, student.patch_embed.proj
-        with torch.no_grad():
-            kernel = resample_patch_embed(teacher.patch_embed.proj.weight.detach(), list(patch.kernel_size))
-            patch.weight.copy_(torch.einsum("pd,dcij->pcij", self.basis, kernel))
-            patch.bias.copy_(self.basis @ teacher.patch_embed.proj.bias)
-            student.cls_token.copy_(teacher.cls_token @ self.basis.T)
-            student.pos_embed.copy_(self._positions(student) @ self.basis.T)
-            for block, index in zip(student.blocks, self.chosen, strict=True):
-                self._attention(block.attn, index)
-                self._mlp(block.mlp, index)
-
-    def _positions(self, student: Any) -> Tensor:
-        from timm.layers import resample_abs_pos_embed
-
-        return resample_abs_pos_embed(self.teacher.pos_embed, list(student.patch_embed.grid_size))
-
-    def read(self, norm: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A layer [out, 384] behind teacher norm `norm` as one [out, 192] behind a plain LayerNorm, and its bias."""
-        affine = self.teacher.get_submodule(norm)
-        ratio = self.rho.get(norm, float(np.mean(list(self.rho.values()))))
-        scale = ratio * (weight.shape[1] / self.width) ** 0.5
-        shift = weight @ affine.bias
-        return (weight * affine.weight) @ self.basis.T * scale, shift if bias is None else shift + bias
-
-    def _write(self, layer: nn.Linear, source: nn.Linear, gamma: Tensor, name: str, unit: int) -> Tensor:
-        """Fill an output layer with the groups of `unit` inputs that matter most; return their indices."""
-        seen, weight = self.inputs[name], source.weight * gamma[:, None]
-        weight_seen = weight.norm(dim=0) * seen.std(0)
-        keep_groups = weight_seen.square().view(-1, unit).sum(1).topk(layer.in_features // unit).indices.sort().values
-        keep = (keep_groups[:, None] * unit + torch.arange(unit)).flatten()
-        dropped = torch.ones(seen.shape[1], dtype=torch.bool)
-        dropped[keep] = False
-        layer.weight.copy_(self.basis @ weight[:, keep])
-        left_behind = weight[:, dropped] @ seen[:, dropped].mean(0)
-        layer.bias.copy_(self.basis @ (source.bias * gamma + left_behind))
-        return keep
-
-    def _attention(self, attn: Any, index: int) -> None:
-        block = self.teacher.blocks[index]
-        keep = self._write(attn.proj, block.attn.proj, block.ls1.gamma, f"blocks.{index}.attn.proj", attn.head_dim)
-        weight, bias = self.read(f"blocks.{index}.norm1", block.attn.qkv.weight, block.attn.qkv.bias)
-        rows = torch.cat([keep + part * (len(weight) // 3) for part in range(3)])
-        attn.qkv.weight.copy_(weight[rows])
-        attn.qkv.bias.copy_(bias[rows])
-
-    def _mlp(self, mlp: Any, index: int) -> None:
-        block = self.teacher.blocks[index]
-        keep = self._write(mlp.fc2, block.mlp.fc2, block.ls2.gamma, f"blocks.{index}.mlp.fc2", 1)
-        weight, bias = self.read(f"blocks.{index}.norm2", block.mlp.fc1.weight, block.mlp.fc1.bias)
-        mlp.fc1.weight.copy_(weight[keep])
-        mlp.fc1.bias.copy_(bias[keep])
 
 
 # The student
@@ -316,7 +216,7 @@ def _step(student: Student, optimiser: Any, data: dict[str, Tensor], targets: An
     loss = distil_loss(logits.float(), guess.float(), data["train_y"][rows], *(t[rows] for t in targets))
     loss.backward()
     if dist.is_initialized():
-        flat = torch.cat([p.grad.flatten() for p in student.parameters()])
+        flat = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
         dist.all_reduce(flat)
         vector_to_grads(flat / dist.get_world_size(), student)
     nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -442,7 +342,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 def build_fashion(args: argparse.Namespace) -> None:
     """Draw the class-balanced piece and write assets/fashion_mnist_small.npz."""
-    generator, arrays = np.random.default_rng(args.seed), {"classes": np.array(FASHION_CLASSES)}
+    generator = np.random.default_rng(args.seed)
+    arrays: dict[str, Any] = {"classes": np.array(FASHION_CLASSES)}
     for split, prefix, per_class in (("train", "train", 100), ("test", "t10k", 200)):
         images = read_idx(Path(args.source) / f"{prefix}-images-idx3-ubyte.gz")
         labels = read_idx(Path(args.source) / f"{prefix}-labels-idx1-ubyte.gz")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
+import importlib
 import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,15 @@ from torch import Tensor, nn
 timm = pytest.importorskip("timm")
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "build_assets.py"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_assets", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = script()
+@pytest.fixture(scope="module")
+def build() -> Iterator[Any]:
+    """The script as a module, with its folder on the path while these tests run."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield importlib.import_module("build_assets")
+    sys.path.remove(str(SCRIPTS))
 
 
 def small_vit(**more: Any) -> VisionTransformer:
@@ -42,7 +40,7 @@ def small_vit(**more: Any) -> VisionTransformer:
     return model.requires_grad_(False)
 
 
-def test_a_slim_start_that_drops_nothing_is_the_teacher() -> None:
+def test_a_slim_start_that_drops_nothing_is_the_teacher(build: Any) -> None:
     """With all blocks, heads and units, and a stream that lies in the kept directions, not a number may change.
 
     The stream has 24 dimensions, 23 once centred, which is what a student of width 24 keeps.
@@ -60,7 +58,7 @@ def test_a_slim_start_that_drops_nothing_is_the_teacher() -> None:
     torch.testing.assert_close(got, teacher(images), atol=2e-4, rtol=0)
 
 
-def test_augmentation_is_a_flip_and_a_shift_of_each_image() -> None:
+def test_augmentation_is_a_flip_and_a_shift_of_each_image(build: Any) -> None:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
     got = build.augment(images, pad=2)
@@ -78,26 +76,28 @@ def views(full: Tensor) -> list[tuple[tuple[int, int, bool], Tensor]]:
     return [((i, j, flip), v.flip(2) if flip else v) for (i, j), v in crops.items() for flip in (False, True)]
 
 
-def test_head_is_folded_back_to_raw_features() -> None:
+def test_head_is_folded_back_to_raw_features(build: Any) -> None:
     torch.manual_seed(0)
     labels = torch.arange(300) % 3
     features = 5 + 10 * nn.functional.one_hot(labels, 3).float() + torch.randn(300, 3)
     head = build.fit_head(features, labels)
     assert (head(features).argmax(1) == labels).all()
+    moved = build.fit_head(100 + 3 * features, labels)
+    torch.testing.assert_close(moved(100 + 3 * features), head(features), atol=0.05, rtol=0)
     assert not head.weight.requires_grad
 
 
-def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_an_interrupted_training_ends_with_the_same_bits(build: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     data = {"train_x": torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8), "train_y": torch.arange(32) % 4}
     targets = torch.randn(32, 4), torch.randn(32, 5)
-    whole = run(tmp_path / "whole", data, targets, stops=(3,))
-    parts = run(tmp_path / "parts", data, targets, stops=(1, 3))
+    whole = run(build, tmp_path / "whole", data, targets, stops=(3,))
+    parts = run(build, tmp_path / "parts", data, targets, stops=(1, 3))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
 def run(
-    work: Path, data: dict[str, Tensor], targets: tuple[Tensor, Tensor], stops: tuple[int, ...]
+    build: Any, work: Path, data: dict[str, Tensor], targets: tuple[Tensor, Tensor], stops: tuple[int, ...]
 ) -> dict[str, Tensor]:
     import argparse
 
@@ -111,7 +111,7 @@ def run(
     return student.state_dict()
 
 
-def test_idx_files_are_read_plain_and_gzipped(tmp_path: Path) -> None:
+def test_idx_files_are_read_plain_and_gzipped(build: Any, tmp_path: Path) -> None:
     values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     raw = bytes([0, 0, 8, 3]) + struct.pack(">3i", 2, 3, 4) + values.tobytes()
     (tmp_path / "a").write_bytes(raw)
