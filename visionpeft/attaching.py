@@ -50,7 +50,7 @@ def attach(
     method = _method(method)
     check_name(backbone, name)
     sites = method.choose(backbone)
-    _check_sites(method, sites, backbone)
+    check_sites(method, sites, backbone)
     if train is None and method.trains == "head" and not backbone.heads():
         warnings.warn("the model has no classifier: nothing learns. Create it with num_classes", stacklevel=2)
     elif train is None:
@@ -129,7 +129,7 @@ def check_name(backbone: Backbone, name: str) -> None:
         raise VisionPEFTError(f"{merged[0]!r} is merged: unmerge it before attaching another")
 
 
-def _check_sites(method: Method, sites: Sequence[Site], backbone: Backbone) -> None:
+def check_sites(method: Method, sites: Sequence[Site], backbone: Backbone) -> None:
     refused = [(s, why) for s in sites if (why := method.refuses(s, backbone.module(s.path)))]
     if refused:
         site, why = refused[0]

@@ -200,6 +200,7 @@ def _interpret(
     """Filled adapters and the model's own tensors that a file describes; nothing is attached yet."""
     method = _method(header, path)
     sites = _sites(header, backbone, path)
+    attaching.check_sites(method, sites, backbone)
     built = method.adapters(sites, backbone) if sites else {}
     _fill(built, header, tensors, path)
     entries = {(e["path"], e["name"]): e for e in header["tensors"]}
