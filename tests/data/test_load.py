@@ -279,6 +279,15 @@ def test_specs_that_are_wrong(spec, arguments, message):
         load(spec, **arguments)
 
 
+def test_a_subset_follows_its_own_seed_only():
+    def drawn(spec, seed):
+        train = load(spec, seed=seed).train
+        return [train.path(i) for i in range(len(train))]
+
+    assert drawn("digits?train=50", 1) == drawn("digits?train=50", 2) == drawn("digits?train=50&seed=0", 3)
+    assert drawn("digits?train=50&seed=1", 0) != drawn("digits?train=50", 0)
+
+
 def test_expand():
     assert len(expand("vtab")) == 19 and expand("vtab")[0] == "vtab:cifar"
     assert expand("vtab", ["dtd", "pets"]) == ["vtab:dtd", "vtab:oxford_iiit_pet"]

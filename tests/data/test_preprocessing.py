@@ -144,6 +144,16 @@ def test_augmentations_keep_the_shape_and_follow_the_seed(augment):
     assert any(not torch.equal(first[0], other) for other in first[1:])
 
 
+def test_crop_takes_another_window_and_flip_only_mirrors():
+    spec = Preprocessing(*[(0.5,) * 3] * 2, (24, 24), "bicubic", "squash", 0.75)
+    plain = spec.transform()(noise())
+    torch.manual_seed(0)
+    for augment, known in (("flip", True), ("crop", False)):
+        seen = [spec.transform(augment)(noise()) for _ in range(8)]
+        is_known = [torch.equal(x, plain) or torch.equal(x, plain.flip(-1)) for x in seen]
+        assert all(is_known) if known else not all(is_known)
+
+
 def test_unknown_augmentation():
     with pytest.raises(DataError, match="unknown augmentation 'mirror'"):
         PROTOCOLS["vtab-half"].transform("mirror")
