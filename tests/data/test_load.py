@@ -335,4 +335,4 @@ def test_class_weights():
 def test_import_needs_neither_torchvision_nor_pillow():
     heavy = ("PIL", "torchvision", "timm", "sklearn")
     code = f"import sys, visionpeft.data; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
