@@ -73,11 +73,13 @@ def _layer_norm(node: Any) -> Recipe | None:
     def make(x: Tensor, mean: Tensor, rstd: Tensor, *rest: Tensor) -> Tensor:
         given = iter(rest)
         weight, bias = (next(given) if has else None for has in affine)
-        y = (x.contiguous().to(exact) - mean).mul_(rstd)  # the layout and the order of the kernel: same bits
+        y = x.contiguous().to(exact) - mean  # the layout and the order of the kernel: same bits
         if weight is None:
-            y = y if bias is None else y.add_(bias)
+            y = y.mul_(rstd) if bias is None else torch.addcmul(bias.to(exact), y, rstd)
+        elif bias is None:
+            y = y.mul_(rstd).mul_(weight)
         else:
-            y = y.mul_(weight) if bias is None else torch.addcmul(bias.to(exact), y, weight.to(exact))
+            y = torch.addcmul(bias.to(exact), y.mul_(rstd), weight.to(exact))
         return y.to(x.dtype)
 
     return Recipe(make, tuple(t for t in saved if t is not None))

@@ -257,6 +257,10 @@ def test_the_switch_is_thrown_while_bound_and_put_back(name):
     one = attach(model, vp.LoRA(rank=1, targets="query"), x, name="one")
     two = attach(model, vp.LoRA(rank=1, targets="value"), x, name="two")
     assert all(m.qkv_bias_separate for m in owners)
+    with one.disabled():
+        assert all(m.qkv_bias_separate for m in owners)
+        with two.disabled():
+            assert not any(m.qkv_bias_separate for m in owners)
     one.detach()
     assert all(m.qkv_bias_separate for m in owners)
     two.detach()
