@@ -48,7 +48,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, adapters: Sequence[Adapter], 
     y = lowrank.linear(x, w, b, parts, plain=not fused) if parts else nn.functional.linear(x, w, b)
     for adapter in rest:
         if (found := _part(adapter, w.shape[0], start)) is not None:
-            y = y + lowrank.linear(x, torch.zeros_like(w), None, [found], plain=True)
+            y = y + lowrank.delta(x, found, w.shape[0], y.dtype)
         else:
             y = on_rows(adapter, x, y, start)
     return y
@@ -67,11 +67,11 @@ def _part(adapter: Adapter, out: int, start: int) -> lowrank.Part | None:
 class LinearSite(Mixin):
     layer = 4
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         adapters = self.peft.acting()
         if not adapters:
-            return super().forward(x)  # type: ignore[misc]
-        return linear(x, self.weight, self.bias, adapters, self.peft.fused)  # type: ignore[attr-defined]
+            return super().forward(input)  # type: ignore[misc]
+        return linear(input, self.weight, self.bias, adapters, self.peft.fused)  # type: ignore[attr-defined]
 
 
 class WeightSite(Mixin):
@@ -88,7 +88,8 @@ class WeightSite(Mixin):
         w, b = params.get("weight"), params.get("bias")
         try:
             for adapter in adapters[:last]:
-                params["weight"], new_b = adapted(adapter, params["weight"], params.get("bias"))
+                rows = slice(*adapter.rows) if adapter.rows else slice(None)
+                params["weight"], new_b = adapted(adapter, params["weight"], params.get("bias"), rows, rows)
                 if "bias" in params:
                     params["bias"] = new_b
             y = super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -98,7 +99,8 @@ class WeightSite(Mixin):
                 if "bias" in params:
                     params["bias"] = b
         for adapter in adapters[last:]:
-            y = _blend(y, adapter(args[0] if args else next(iter(kwargs.values())), y), adapter.strength)
+            x = _first(args, kwargs)
+            y = on_rows(adapter, x, y) if adapter.rows else _blend(y, adapter(x, y), adapter.strength)
         return y
 
 
@@ -124,16 +126,24 @@ def _replace(whole: Tensor, rows: slice, part: Tensor) -> Tensor:
     return part if (lo, hi) == (0, whole.shape[0]) else torch.cat([whole[:lo], part, whole[hi:]])
 
 
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument, which is the input, however it was given."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _with_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
+
+
 class TapSite(Mixin):
     """First module of a residual branch."""
 
     layer = 3
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        tap = self.peft.tap
-        if tap is not None:
-            tap.x = x
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.peft.tap is not None:
+            self.peft.tap.x = _first(args, kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class BranchSite(Mixin):
@@ -156,12 +166,12 @@ class BlockSite(Mixin):
 
     layer = 1
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = self.peft.acting("block")
         try:
             for adapter in adapters:
-                x = adapter.before(x)
-            y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+                args, kwargs = _with_first(args, kwargs, adapter.before(_first(args, kwargs)))
+            y = super().forward(*args, **kwargs)  # type: ignore[misc]
             for adapter in reversed(adapters):
                 y = adapter.after(y)
             return y

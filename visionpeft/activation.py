@@ -6,6 +6,7 @@ time one tensor stands in the module, the original or somebody's copy, and all t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,43 +14,62 @@ import torch
 from torch import Tensor, nn
 
 from visionpeft import binding
-from visionpeft.adapter import Adapter
+from visionpeft.adapter import Forgiving
 from visionpeft.errors import VisionPEFTError
 from visionpeft.sites import Backbone
 
 if TYPE_CHECKING:
     from visionpeft.tuner import Tuner
 
+REGISTRY = "_visionpeft"  # attribute of the roots
 LEARNT = "learnt"  # key of the copies that wait, beside the places of the adapters
 
 
 class Registry:
-    """What is kept about one whole model, in the holders of its roots.
+    """What is kept about one whole model, as an attribute of its roots.
 
     Attributes:
+        roots: the components that were attached to together.
         tuners: name -> tuner, in the order of attaching.
         order: names of the active ones, in the order in which they act.
         requires_grad: the flags of all parameters before the first adapter came.
         training: for BatchNorms that were frozen: their own mode and that of the root, before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, roots: Mapping[str, nn.Module]) -> None:
+        self.roots = dict(roots)
         self.tuners: dict[str, Tuner] = {}
         self.order: tuple[str, ...] = ()
         self.requires_grad: dict[tuple[str, str], bool] = {}
         self.training: dict[str, tuple[bool, bool]] = {}
 
 
-class Learnt(Adapter):
+class Learnt(Forgiving):
     """Trainable copies of a module's tensors while they do not stand in the module."""
 
 
 def registry(backbone: Backbone) -> Registry | None:
+    """What is kept about this model, None if nothing is attached.
+
+    Raises:
+        VisionPEFTError: adapters were attached through another root, a part of this model or a model around it.
+    """
+    own = [root.__dict__.get(REGISTRY) for root in backbone.roots.values()]
+    found: Registry | None = own[0]
+    same = found is None or list(found.roots.values()) == list(backbone.roots.values())
+    if not same or any(r is not found for r in own):
+        raise VisionPEFTError(
+            "adapters were attached to other components together with some of these: use the same ones"
+        )
+    known = set(found.tuners) if found else set()
     for root in backbone.roots.values():
-        held = binding.holder(root)
-        if held is not None and held.registry is not None:
-            return held.registry
-    return None
+        for path, _, held in binding.holders(root):
+            if not set(held.users) <= known | {binding.SAMPLES}:
+                raise VisionPEFTError(
+                    f"{', '.join(map(repr, set(held.users) - known))} at {path or 'the root'} came through another "
+                    "root, a part of this model or one around it: attach, load and activate through that one"
+                )
+    return found
 
 
 def tuners(model: Any) -> dict[str, Tuner]:
@@ -79,14 +99,12 @@ def activate(model: Any, which: Mapping[str, float] | Sequence[str | None] | str
     unknown = [name for name in which if name not in known]
     if unknown:
         raise VisionPEFTError(f"no adapter named {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
-    from visionpeft.batches import release_samples
-
-    release_samples(backbone)
     set_active(backbone, [(known[name], float(strength)) for name, strength in which.items()])
 
 
+@torch.inference_mode(False)
 def set_active(backbone: Backbone, wanted: Sequence[tuple[Tuner, float]]) -> None:
-    """Make exactly these act, in this order. Refuses before anything changes."""
+    """Make exactly these act, in this order, for all samples. Refuses before anything changes."""
     found = registry(backbone)
     if found is None:
         return
@@ -97,6 +115,7 @@ def set_active(backbone: Backbone, wanted: Sequence[tuple[Tuner, float]]) -> Non
     for tuner, strength in wanted:
         tuner.check_strength(strength)
     _check_shared([tuner for tuner, _ in wanted])
+    release_samples(backbone)
     found.order = tuple(strengths)
     for tuner in found.tuners.values():
         tuner.active = tuner.name in strengths
@@ -111,11 +130,25 @@ def refresh(backbone: Backbone) -> None:
     if found is None:
         return
     names = tuple(name for name in found.order if found.tuners[name].merged is None)
+    thawed = any(not found.tuners[name].method.freezes_statistics for name in found.order)
     for root in backbone.roots.values():
         for _, module, held in binding.holders(root):
-            held.active = names
+            held.active, held.thawed = names, thawed
             binding.throw_switches(module, held, names)
+            if isinstance(module, binding.FrozenStatistics):
+                module.training = thawed and root.training
     settle(backbone)
+
+
+def release_samples(backbone: Backbone) -> None:
+    """Back to the same adapters for all samples."""
+    for root in backbone.roots.values():
+        held = binding.holder(root)
+        if held is not None and held.samples is not None:
+            held.samples = held.backbone = None
+            binding.release(root, binding.SAMPLES)
+        for _, _, held in binding.holders(root):
+            held.mixed = False
 
 
 def _check_shared(wanted: Sequence[Tuner]) -> None:
@@ -145,7 +178,12 @@ def settle(backbone: Backbone) -> None:
 
 def _settle(module: nn.Module, path: str, name: str, owners: list[Tuner], everyone: list[Tuner]) -> None:
     held = binding.holder(module)
-    assert held is not None
+    if held is None and not owners:
+        return  # replaced by its owner, and nobody of ours acts there
+    if held is None:
+        raise VisionPEFTError(
+            f"{path or 'the root'} was replaced since an adapter was attached: detach it, attach again"
+        )
     if name in held.live:  # back to where it waits
         owner = held.live.pop(name)
         put_waiting(held, owner, name, binding.get_tensor(module, name))
@@ -155,25 +193,29 @@ def _settle(module: nn.Module, path: str, name: str, owners: list[Tuner], everyo
     if not owners:
         return
     binding.set_aside(module, name)
-    if len(owners) == 1 and (owners[0].scale == 1 or (path, name) in owners[0].trained):
-        held.live[name] = owners[0].name
-        value = take_waiting(held, owners[0].name, name)
+    whole = [t for t in owners if (path, name) in t.trained]  # all equal, see _check_shared
+    alone = whole[:1] or [t for t in owners if len(owners) == 1 and t.scale == 1]
+    if alone:
+        held.live[name] = alone[0].name
+        value = take_waiting(held, alone[0].name, name)
     else:
-        value = _blend(binding.original(module, name), held, path, name, owners)
+        if torch.is_grad_enabled() and module.training:
+            warnings.warn(
+                f"{path}.{name} stands blended and learns nothing: at a scale other than 1, and where two adapters "
+                "bring the same tensor, what learns in place is frozen",
+                stacklevel=2,
+            )
+        value = _blend(binding.original(module, name), held, name, owners)
     binding.set_tensor(module, name, value)
 
 
 @torch.no_grad()
-def _blend(base: Tensor | None, held: binding.Holder, path: str, name: str, owners: list[Tuner]) -> Tensor:
-    """base + sum of strength * (copy - base), frozen; a `train=` copy is taken whole."""
-    whole = [t for t in owners if (path, name) in t.trained]
+def _blend(base: Tensor | None, held: binding.Holder, name: str, owners: list[Tuner]) -> Tensor:
+    """base + sum of strength * (copy - base), frozen."""
     assert base is not None
-    if whole:
-        value = waiting(held, whole[0].name, name).detach().clone()
-    else:
-        value = base.detach().clone()
-        for tuner in owners:
-            value += tuner.scale * (waiting(held, tuner.name, name).detach() - base)
+    value = base.detach().clone()
+    for tuner in owners:
+        value += tuner.scale * (waiting(held, tuner.name, name).detach() - base)
     return nn.Parameter(value, requires_grad=False) if isinstance(base, nn.Parameter) else value
 
 

@@ -18,13 +18,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from visionpeft.errors import MergeError, SiteError
+from visionpeft.errors import MergeError, MethodError, SiteError
 
 if TYPE_CHECKING:
     from visionpeft.sites import Backbone, Site, Targets
 
 
-class Adapter(nn.Module):
+class Forgiving(nn.Module):
+    """A module that a base checkpoint need not know of: it loads strictly, and leaves this as it is."""
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        known = len(missing)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if not any(key.startswith(prefix) for key in state_dict):
+            del missing[known:]
+
+
+class Adapter(Forgiving):
     """The learnt part at one site; registered as a child of the module that it adapts.
 
     Attributes:
@@ -62,22 +72,17 @@ class Adapter(nn.Module):
         raise SiteError(f"{type(self).__name__} at {self.label} does not act on an output")
 
     def before(self, x: Tensor) -> Tensor:
+        """What a whole block is given instead of its tokens x (B, N, D)."""
         return x
 
     def after(self, y: Tensor) -> Tensor:
+        """What stands for the tokens y (B, N', D) that the block gives."""
         return y
 
     @classmethod
     def overrides(cls, name: str) -> bool:
         """Whether this kind of adapter says what `name` (forward, weight, ...) does."""
         return getattr(cls, name) is not getattr(Adapter, name)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
-        # A base checkpoint knows nothing of adapters: it loads strictly, and leaves them as they are.
-        known = len(missing)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if not any(key.startswith(prefix) for key in state_dict):
-            del missing[known:]
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,13 @@ class Method:
     targets: Targets = None
     within: str | None = None
     exclude: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "hidden", "tokens"):
+            if getattr(self, name, 1) < 1:
+                raise MethodError(f"{name}={getattr(self, name)}: expected at least 1")
+        if not 0 <= getattr(self, "dropout", 0.0) < 1:
+            raise MethodError(f"dropout={self.dropout}: expected a probability below 1")  # type: ignore[attr-defined]
 
     def default_targets(self, backbone: Backbone) -> str:
         raise SiteError(f"{type(self).__name__} has no default targets: give targets=")

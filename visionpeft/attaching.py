@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from visionpeft import acting, activation, attention, backbones, binding
@@ -18,12 +19,11 @@ from visionpeft.methods import METHODS
 from visionpeft.sites import Backbone, Site
 from visionpeft.tuner import Tuner
 
-_REGISTRY = ""  # user name under which a root holds the registry
 
-
+@torch.inference_mode(False)
 def attach(
     model: Any,
-    method: Method | str,
+    method: Method | type[Method] | str,
     name: str = "default",
     train: str | Sequence[str] | None = None,
     *,
@@ -68,11 +68,12 @@ def bind(tuner: Tuner, adapters: dict[Site, Adapter], learnt: Iterable[tuple[str
          values: Mapping[tuple[str, str], Tensor] | None = None) -> Tuner:  # fmt: skip
     """Put built adapters in their places; on any failure take everything off again."""
     backbone = tuner.backbone
-    active = tuple(found.order) if (found := activation.registry(backbone)) else ()
+    found = activation.registry(backbone)
+    active = found.order if found else ()
+    activation.release_samples(backbone)
     try:
         registry = _register(tuner)
-        if tuner.method.freezes_statistics:
-            _freeze_statistics(tuner, registry)
+        _freeze_statistics(tuner, registry)
         for site, adapter in adapters.items():
             tuner.adapters[site] = adapter
             _place(tuner, site, adapter)
@@ -109,12 +110,14 @@ def detach(tuner: Tuner) -> None:
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _method(method: Method | str) -> Method:
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise VisionPEFTError(f"no method {method!r}; there are: {', '.join(METHODS)}")
-        method = METHODS[method]()
-    return method
+def _method(method: Method | type[Method] | str) -> Method:
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, type) and issubclass(method, Method):
+        return method()
+    if method not in METHODS:
+        raise VisionPEFTError(f"no method {method!r}; there are: {', '.join(METHODS)}, or an object as vp.LoRA(rank=8)")
+    return METHODS[method]()
 
 
 def check_name(backbone: Backbone, name: str) -> None:
@@ -178,7 +181,7 @@ def _register(tuner: Tuner) -> Registry:
     backbone = tuner.backbone
     registry = activation.registry(backbone)
     if registry is None:
-        registry = Registry()
+        registry = Registry(backbone.roots)
         for path, module, name in backbone.named_tensors():
             param = module._parameters[name]
             assert param is not None
@@ -186,7 +189,7 @@ def _register(tuner: Tuner) -> Registry:
         for _, module, name in backbone.named_tensors():
             module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
         for root in backbone.roots.values():
-            binding.grip(root, _REGISTRY).registry = registry
+            root.__dict__[activation.REGISTRY] = registry
     registry.tuners[tuner.name] = tuner
     return registry
 
@@ -198,16 +201,18 @@ def _freeze_statistics(tuner: Tuner, registry: Registry) -> None:
             registry.training.setdefault(path, (module.training, root.training))
             binding.grip(module, tuner.name, binding.FrozenStatistics)
             tuner.bindings.append((module, (binding.FrozenStatistics,)))
-            module.training = False
 
 
 def _place(tuner: Tuner, site: Site, adapter: Adapter) -> None:
     adapter.kind, adapter.place, adapter.rows, adapter.label = site.kind, site.place, site.rows, str(site)
-    path = "" if site.host == "." else site.host or site.path
+    path = site.ends[1] if site.kind == "branch" else site.host_path
     if site.kind == "branch":
-        path = site.ends[1]
         _tap(tuner, site, adapter)
     host = tuner.backbone.module(path)
+    if adapter.on_weight and site.kind in ("conv", "norm", "embed") and "weight" not in host._parameters:
+        raise SiteError(
+            f"{site}: the weight is computed from others (parametrize, weight_norm), so no adapter can be lent"
+        )
     held = _dress(tuner, host, _mixin(site, host))
     box = held._modules.setdefault(tuner.name, nn.ModuleDict())
     assert isinstance(box, nn.ModuleDict)
@@ -303,6 +308,7 @@ def _remove(tuner: Tuner) -> None:
     registry = activation.registry(backbone)
     if registry is None:
         return
+    activation.release_samples(backbone)
     tuner.active = False
     registry.order = tuple(n for n in registry.order if n != tuner.name)
     activation.refresh(backbone)
@@ -314,7 +320,7 @@ def _remove(tuner: Tuner) -> None:
     _thaw_statistics(backbone, registry)
     if not registry.tuners:
         for root in backbone.roots.values():
-            binding.release(root, _REGISTRY)
+            root.__dict__.pop(activation.REGISTRY, None)
         for path, module, name in backbone.named_tensors():
             if (path, name) in registry.requires_grad:
                 module._parameters[name].requires_grad_(registry.requires_grad[path, name])  # type: ignore[union-attr]

@@ -4,13 +4,14 @@
 
 The model runs once for each distinct adapter on its samples, classifiers included, so that the result equals separate
 runs; no sample is computed twice. Outputs come back in the order of the batch; where they differ in shape (classifiers
-of different size) as a list with one tensor a sample.
+of different size) as a list with one tensor a sample. Every tensor argument whose first axis has the size of the batch
+is taken for one of samples. Call the model itself: its other methods (`forward_features`) do not know of samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,6 @@ from torch import Tensor
 from visionpeft import activation, binding
 from visionpeft.errors import VisionPEFTError
 from visionpeft.sites import Backbone
-
-if TYPE_CHECKING:
-    from visionpeft.activation import Registry
-
-_USER = "*"  # user name under which the root is dressed
 
 
 class BatchSite(binding.Mixin):
@@ -36,15 +32,25 @@ class BatchSite(binding.Mixin):
         if len(names) not in sizes:
             raise VisionPEFTError(f"{len(names)} samples were given an adapter, and the batch has {sorted(sizes)}")
         outputs, order = [], []
-        backbone, registry = self.peft.backbone, self.peft.registry
+        backbone = self.peft.backbone
+        found = activation.registry(backbone)
+        assert found is not None
         try:
+            _mix(backbone, False)
             for name in dict.fromkeys(names):
                 index = [i for i, n in enumerate(names) if n == name]
-                _only(backbone, registry, name)
+                found.order = () if name is None else (name,)
+                for tuner in found.tuners.values():
+                    tuner.active = tuner.name == name
+                activation.refresh(backbone)
                 outputs.append(super().forward(*_take(args, index, len(names)), **_take(kwargs, index, len(names))))  # type: ignore[misc]
                 order += index
         finally:
-            _nobody(backbone)
+            found.order = ()
+            for tuner in found.tuners.values():
+                tuner.active = False
+            activation.refresh(backbone)
+            _mix(backbone, True)
         return _join(outputs, order)
 
 
@@ -60,33 +66,17 @@ def activate_samples(backbone: Backbone, names: Sequence[str | None]) -> None:
     for name in {n for n in names if n is not None}:
         if name not in found.tuners:
             raise VisionPEFTError(f"no adapter named {name!r}; there are: {', '.join(found.tuners)}")
-    held = binding.grip(backbone.roots[""], _USER, BatchSite)
-    held.samples, held.backbone = tuple(names), backbone
-    _nobody(backbone)
-
-
-def release_samples(backbone: Backbone) -> None:
-    """Back to the same adapters for all samples."""
-    for root in backbone.roots.values():
-        held = binding.holder(root)
-        if held is not None and held.samples is not None:
-            held.samples = held.backbone = None
-            binding.release(root, _USER)
-        for _, _, held in binding.holders(root):
-            held.mixed = False
-
-
-def _only(backbone: Backbone, registry: Registry, name: str | None) -> None:
-    for _, _, held in binding.holders(backbone.roots[""]):
-        held.mixed = False
-    tuner = None if name is None else registry.tuners[name]
-    activation.set_active(backbone, [] if tuner is None else [(tuner, tuner.scale)])
-
-
-def _nobody(backbone: Backbone) -> None:
+    if merged := [t.name for t in found.tuners.values() if t.merged is not None]:
+        raise VisionPEFTError(f"{merged[0]!r} is merged: unmerge it before samples can differ")
     activation.set_active(backbone, [])
+    held = binding.grip(backbone.roots[""], binding.SAMPLES, BatchSite)
+    held.samples, held.backbone = tuple(names), backbone
+    _mix(backbone, True)
+
+
+def _mix(backbone: Backbone, mixed: bool) -> None:
     for _, _, held in binding.holders(backbone.roots[""]):
-        held.mixed = True
+        held.mixed = mixed
 
 
 def _take(value: Any, index: list[int], size: int) -> Any:
@@ -95,12 +85,16 @@ def _take(value: Any, index: list[int], size: int) -> Any:
     if isinstance(value, dict):
         return {k: _take(v, index, size) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_take(v, index, size) for v in value)
+        return _like(value, [_take(v, index, size) for v in value])
     return value
 
 
 def _join(outputs: list[Any], order: list[int]) -> Any:
     first = outputs[0]
+    if isinstance(first, Tensor) and not first.dim():
+        raise VisionPEFTError(
+            "one adapter per sample: the model gives a single number, so outputs cannot be told apart"
+        )
     if isinstance(first, Tensor):
         back = torch.tensor(order).argsort()
         if all(o.shape[1:] == first.shape[1:] for o in outputs):
@@ -110,5 +104,10 @@ def _join(outputs: list[Any], order: list[int]) -> Any:
     if isinstance(first, dict):
         return type(first)(**{k: _join([o[k] for o in outputs], order) for k in first})
     if isinstance(first, (list, tuple)):
-        return type(first)(_join(list(parts), order) for parts in zip(*outputs, strict=True))
+        return _like(first, [_join(list(parts), order) for parts in zip(*outputs, strict=True)])
     return first
+
+
+def _like(sequence: Any, parts: list[Any]) -> Any:
+    """A list, tuple or named tuple as `sequence` is."""
+    return type(sequence)(*parts) if hasattr(sequence, "_fields") else type(sequence)(parts)

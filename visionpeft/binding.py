@@ -20,6 +20,7 @@ from visionpeft.adapter import Adapter
 from visionpeft.errors import SiteError, VisionPEFTError
 
 SLOT = "peft"
+SAMPLES = "*"  # user name under which a root has one adapter per sample
 
 _MODULES = ("linear", "conv", "norm", "embed")  # kinds of site that are a module with a weight
 _fired: set[int] | None = None  # ids of the adapters consulted, while a probe looks
@@ -42,6 +43,7 @@ class Holder(nn.Module):
         hidden: names whose tensors are left out of the state dict (merged ones).
         fused: whether the fused function is used where it can be.
         tap: input of the residual branch that begins here, taps: all that this block must clear.
+        thawed: a BatchNorm's statistics may learn, since an adapter that acts wants them to.
         mixed: each sample has its own adapter, and only the root (with `samples` and `backbone`) may say which acts.
         switches: attributes of the module and their values while an adapter acts, saved: their values before.
     """
@@ -56,10 +58,10 @@ class Holder(nn.Module):
         self.saved: dict[str, Any] = {}
         self.switches: dict[str, Any] = {}
         self.live: dict[str, str] = {}
+        self.thawed = False
         self.mixed = False
         self.samples: tuple[str | None, ...] | None = None
         self.backbone: Any = None
-        self.registry: Any = None  # at a root: what `tuner` keeps about the whole model
         self.users: dict[str, tuple[type[Mixin], ...]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +88,9 @@ class Holder(nn.Module):
 
 
 def holder(module: nn.Module) -> Holder | None:
-    return module._modules.get(SLOT)  # type: ignore[return-value]
+    """Ours at a module, None if there is nothing of ours."""
+    found = module._modules.get(SLOT)
+    return found if isinstance(found, Holder) else None
 
 
 class Mixin:
@@ -103,7 +107,7 @@ class FrozenStatistics(Mixin):
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)  # type: ignore[misc]
-        self.training = False
+        self.training = mode and self.peft.thawed
         return self
 
 
@@ -118,7 +122,8 @@ def site_class(cls: type, mixins: tuple[type[Mixin], ...]) -> type:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    return _rebuild, (self._base, self._mixins), self.__dict__
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # the owner's, if it has one
+    return _rebuild, (self._base, self._mixins), state
 
 
 def _rebuild(cls: type, mixins: tuple[type[Mixin], ...]) -> Any:
@@ -128,7 +133,7 @@ def _rebuild(cls: type, mixins: tuple[type[Mixin], ...]) -> Any:
 
 def base_class(module: nn.Module) -> Any:
     """The module's class as its owner wrote it."""
-    return getattr(type(module), "_base", type(module))
+    return vars(type(module)).get("_base", type(module))
 
 
 def grip(module: nn.Module, name: str, *mixins: type[Mixin]) -> Holder:
@@ -142,14 +147,21 @@ def grip(module: nn.Module, name: str, *mixins: type[Mixin]) -> Holder:
             f"a {type(module).__name__} carries an instance-level `forward` (accelerate and LyCORIS put one there): "
             "it would shadow the adapter. Remove that wrapper first, attach, then wrap again."
         )
-    if SLOT not in module._modules:
+    if holder(module) is None:
         if hasattr(module, SLOT):
             raise SiteError(f"a {type(module).__name__} has an attribute {SLOT!r} of its own, the name that we need")
         module.add_module(SLOT, Holder())
-    held: Holder = module._modules[SLOT]  # type: ignore[assignment]
+    held = holder(module)
+    assert held is not None
     held.users[name] = tuple(dict.fromkeys((*held.users.get(name, ()), *mixins)))
     _dress(module, held)
     return held
+
+
+def changed(module: nn.Module) -> bool:
+    """Whether somebody put a class of their own over ours since (parametrize, weight_norm, FSDP2)."""
+    held = holder(module)
+    return held is not None and any(held.users.values()) and "_base" not in vars(type(module))
 
 
 def shadowed(module: nn.Module, mixins: Iterable[type[Mixin]]) -> bool:

@@ -18,6 +18,10 @@ class SiteError(VisionPEFTError):
     """Targets match no site, or a method cannot act at a site."""
 
 
+class MethodError(VisionPEFTError, ValueError):
+    """A method's hyper-parameters make no sense."""
+
+
 class MergeError(VisionPEFTError):
     """A method cannot merge, or the weight changed since it was merged."""
 

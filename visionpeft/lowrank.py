@@ -4,7 +4,7 @@
 
 Kept for backward: x A^T of each part (r numbers a token), the parameters, and what rebuilds x (`memory.recipe`).
 Dropout masks are drawn again from a seed. Plain torch does the same where autograd must see every step: under
-compile, on meta tensors, for double backward.
+compile and torch.func transforms, on meta tensors, and for double backward once `tuner.fused` is False.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from visionpeft.errors import VisionPEFTError
 from visionpeft.memory import recipe
@@ -37,9 +38,10 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], plain:
     The result has the dtype that the plain Linear would give: that of autocast, else of x and w; adapters follow.
     """
     device = x.device.type
-    autocast = not x.is_meta and torch.is_autocast_enabled(device)
+    autocast = not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(x.dtype, w.dtype)
-    if plain or torch.compiler.is_compiling() or x.is_meta:
+    mixed = not autocast and x.dtype != w.dtype  # torch has its own error for that
+    if plain or mixed or torch.compiler.is_compiling() or x.is_meta or peek_interpreter_stack() is not None:
         return _plain(x, w, b, parts, dtype)
     seed = int(torch.randint(2**62, ())) if any(p.dropout for p in parts) else 0
     spec = [_Spec(p.lo, p.hi, p.scale, p.dropout, seed + i) for i, p in enumerate(parts)]
@@ -54,12 +56,16 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], plain:
 
 def _plain(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
     y = F.linear(x, w, b)
-    for p in parts:
-        h = F.linear(F.dropout(x, p.dropout) if p.dropout else x, p.a.to(dtype)) * p.scale
-        delta = F.linear(h, p.b.to(dtype))
-        whole = (p.lo, p.hi) == (0, w.shape[0])
-        y = y + (delta if whole else F.pad(delta, (p.lo, w.shape[0] - p.hi)))
+    for part in parts:
+        y = y + delta(x, part, w.shape[0], dtype)
     return y
+
+
+def delta(x: Tensor, p: Part, out: int, dtype: torch.dtype) -> Tensor:
+    """What one part adds to the output: x (..., in) -> (..., out), zero outside its rows. Plain torch."""
+    h = F.linear(F.dropout(x, p.dropout) if p.dropout else x, p.a.to(x.dtype)) * p.scale
+    y = F.linear(h, p.b.to(h.dtype)).to(dtype)
+    return y if (p.lo, p.hi) == (0, out) else F.pad(y, (p.lo, out - p.hi))
 
 
 def _mask(x: Tensor, p: float, seed: int) -> Tensor:

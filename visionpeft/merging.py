@@ -5,6 +5,7 @@ A merged weight is a new Parameter; the original waits in the holder, for W + D 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ def merge(tuner: Tuner) -> None:
 
 
 @torch.no_grad()
+@torch.inference_mode(False)
 def _merged_tensors(tuner: Tuner) -> dict[tuple[nn.Module, str], Tensor | None]:
     tensors: dict[tuple[nn.Module, str], Tensor | None] = {}
     for site, adapter in tuner.adapters.items():
@@ -60,22 +62,41 @@ def _merged_tensors(tuner: Tuner) -> dict[tuple[nn.Module, str], Tensor | None]:
             adapter.weight(torch.empty(0), None)  # says why not
         _check_alone(tuner, site)
         module, weight, bias, rows, b_rows = _place(tuner, site, adapter)
+        _check_weight(module, weight, site)
         w = tensors.get((module, weight), module._parameters[weight])
         b = tensors.get((module, bias), module._parameters.get(bias))
         assert w is not None
         try:
-            w, b = acting.adapted(adapter, w, b, rows, b_rows)
+            with torch.autocast(w.device.type, enabled=False) if not w.is_meta else nullcontext():
+                w, b = acting.adapted(adapter, w, b, rows, b_rows)
         except VisionPEFTError as error:
             raise MergeError(str(error)) from error
         tensors[module, weight] = w
         if bias in module._parameters and b is not module._parameters[bias]:
             tensors[module, bias] = b
+    for module, name in tensors:
+        held = binding.holder(module)
+        if held is not None and name in held.live:
+            raise MergeError(
+                f"{name} of a {type(module).__name__} is {held.live[name]!r}'s own trainable copy: a merged one would "
+                "be saved in its stead. Detach that adapter first, or leave the site out of targets"
+            )
     return tensors
+
+
+def _check_weight(module: nn.Module, name: str, site: Site) -> None:
+    weight = module._parameters.get(name)
+    if weight is None:
+        raise MergeError(
+            f"{site}: the weight is computed from others (parametrize, weight_norm): nothing to merge into"
+        )
+    if type(weight.data).__name__ == "DTensor":
+        raise MergeError(f"{site}: the weight is sharded (FSDP2): merge in a model that is not")
 
 
 def _place(tuner: Tuner, site: Site, adapter: Adapter) -> tuple[nn.Module, str, str, slice, slice]:
     if site.host:
-        return attention.places(tuner.backbone.module("" if site.host == "." else site.host))[adapter.place]
+        return attention.places(tuner.backbone.module(site.host_path))[adapter.place]
     module = tuner.backbone.module(site.path)
     rows = slice(*site.rows) if site.rows else slice(None)
     return module, "weight", "bias", rows, rows
@@ -83,7 +104,7 @@ def _place(tuner: Tuner, site: Site, adapter: Adapter) -> tuple[nn.Module, str, 
 
 def _check_alone(tuner: Tuner, site: Site) -> None:
     """Adapters act in the order of activation: only the first at a site may go into the weight."""
-    host = tuner.backbone.module("" if site.host == "." else site.host or site.path)
+    host = tuner.backbone.module(site.host_path)
     held = binding.holder(host)
     assert held is not None
     acting = [n for n in held.active if set(getattr(held._modules.get(n), "_modules", ())) - {activation.LEARNT}]

@@ -44,7 +44,10 @@ def probe(tuner: Tuner, example: Sequence[Any]) -> None:
 def probe_attached(tuner: Tuner) -> None:
     """Probe with an input built for the library; a model that itself cannot run on that input is left alone."""
     example = tuner.backbone.example()
-    if example is None or not tuner.adapters:
+    if not tuner.adapters:
+        return
+    if example is None:
+        _unchecked("no input is known for this kind of model")
         return
     try:
         probe(tuner, example)
@@ -52,13 +55,16 @@ def probe_attached(tuner: Tuner) -> None:
         raise
     except Exception as error:
         if (cause := _fails_alone(tuner, example)) is not None:
-            warnings.warn(
-                f"liveness is not checked: the model does not run on an input of shape {tuple(example[0].shape)} "
-                f"({type(cause).__name__}). Call tuner.probe(*example) with one of yours",
-                stacklevel=5,
-            )
+            _unchecked(f"it does not run on an input of shape {tuple(example[0].shape)} ({type(cause).__name__})")
             return
         raise SiteError(f"the model runs alone but not with {tuner.method.summary()}: {error}") from error
+
+
+def _unchecked(why: str) -> None:
+    warnings.warn(
+        f"whether every adapter acts is not checked, for {why}. Call tuner.probe(*example) with one of yours",
+        stacklevel=6,
+    )
 
 
 def _fails_alone(tuner: Tuner, example: Sequence[Any]) -> Exception | None:
@@ -83,6 +89,8 @@ def _cut_off(tuner: Tuner, example: Sequence[Any]) -> list[Site]:
     owned = {site: list(adapter.parameters()) for site, adapter in tuner.adapters.items()}
     params = list({id(p): p for ps in owned.values() for p in ps if p.requires_grad}.values())
     fired, out = _watch(tuner, example, grad=True)
+    if not any(True for _ in _tensors(out)):
+        raise VisionPEFTError(f"the model's output, a {type(out).__name__}, has no tensors: its parts cannot be probed")
     roots = [t.float().sum() for t in _tensors(out) if t.requires_grad and t.is_floating_point()]
     grads = torch.autograd.grad(roots, params, allow_unused=True) if roots and params else ()
     reached = {id(p) for p, g in zip(params, grads, strict=False) if g is not None}
@@ -124,6 +132,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+    elif hasattr(value, "__dict__"):  # dataclasses and their like
+        yield from _tensors(vars(value))
 
 
 @contextmanager

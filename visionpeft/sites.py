@@ -34,7 +34,7 @@ class Site:
         kind: "linear", "conv", "norm", "embed", "branch" (a residual branch) or "block".
         shape: shape of the weight (of the part), (channels,) for branches and blocks.
         rows: rows of the part in the module's weight.
-        host: path of the module that is called; differs from `path` where a parent reads the weight itself.
+        host: path of the module that is called where a parent reads the weight itself, "." for the root; else "".
         ends: first and last module of a residual branch.
         called: False where the module is bypassed and the binding goes through its host or a switch.
     """
@@ -58,12 +58,17 @@ class Site:
         return self.path or "(root)", self.part, self.role, self.kind, shape, called
 
     @property
+    def host_path(self) -> str:
+        """Path of the module that is called."""
+        return "" if self.host == "." else self.host or self.path
+
+    @property
     def place(self) -> str:
         """Key of the site's adapter at its host."""
         return self.part or self.role or "whole"
 
 
-Targets = str | Callable[[Site], bool] | None
+Targets = str | Sequence[str] | Callable[[Site], bool] | None
 
 
 class Sites(list[Site]):
@@ -83,13 +88,13 @@ class Backbone:
     """The user's model seen as one or several named components.
 
     Attributes:
-        model: what the user gave: a module, a mapping of modules, or an object with `.components` (diffusers).
+        model: what the user gave, without the wrapper of torch.compile or DDP.
         roots: component name -> module; the name is "" for a plain module.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
         self.roots: dict[str, nn.Module] = _components(model)
+        self.model = self.roots.get("", model)
 
     def module(self, path: str) -> nn.Module:
         root, rest = self.split(path)
@@ -104,11 +109,9 @@ class Backbone:
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module of the user's, once; nothing of ours."""
-        seen: set[nn.Module] = set()  # components may share modules
+        seen: set[int] = set()  # modules and components may be shared
         for name, root in self.roots.items():
-            for path, module in root.named_modules(memo=seen):
-                if binding.SLOT not in path.split("."):
-                    yield ".".join(p for p in (name, path) if p), module
+            yield from _walk(root, name, seen)
 
     def named_tensors(self, buffers: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
         """(path of the module, module, name) of every parameter, and of every buffer if asked."""
@@ -142,11 +145,25 @@ class Backbone:
         return backbones.example(self.roots[""])
 
 
+def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in seen or isinstance(module, binding.Holder):
+        return
+    seen.add(id(module))
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{path}.{name}" if path else name, seen)
+
+
 def _components(model: Any) -> dict[str, nn.Module]:
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):  # torch.compile
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
     if isinstance(model, nn.Module):
         return {"": model}
     parts = model if isinstance(model, Mapping) else getattr(model, "components", None)
     found = {k: m for k, m in parts.items() if isinstance(m, nn.Module)} if isinstance(parts, Mapping) else {}
+    if dotted := [name for name in found if "." in name]:
+        raise SiteError(f"component {dotted[0]!r}: names of components have no dots")
     if not found:
         raise SiteError(f"expected an nn.Module, a dict of modules or a diffusers pipeline, got {type(model).__name__}")
     return found
@@ -229,13 +246,16 @@ def choose_among(sites: Sequence[Site], targets: Targets, within: str | None, ex
     rows of one are chosen by role.
 
     Raises:
-        SiteError: a word of `targets` matches nothing, with the words that would.
+        SiteError: a word of `targets` or `exclude` matches nothing, with the words that would.
     """
+    if exclude is not None and not any(fnmatchcase(s.path, exclude) for s in sites):
+        raise SiteError(f"exclude={exclude!r} matches no path: is it misspelt?")
     sites = [s for s in sites if _inside(s, within, exclude)]
     if callable(targets):
         hits = {"targets=<predicate>": [s for s in sites if targets(s)]}
     else:
-        hits = {word: [s for s in sites if _matches(s, word)] for word in (targets or "").split()}
+        words = targets.split() if isinstance(targets, str) else list(targets or ())
+        hits = {word: [s for s in sites if _matches(s, word)] for word in words}
     empty = [word for word, hit in hits.items() if not hit] or ([] if hits else [""])
     if empty:
         raise SiteError(_no_match(empty, sites))

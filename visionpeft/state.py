@@ -46,7 +46,8 @@ def save(tuner: Tuner, path: str | Path, metadata: dict[str, Any]) -> None:
     def enter(key: str, value: Tensor) -> str:
         if id(value) not in seen:
             seen[id(value)] = key
-            tensors[key] = value.detach().contiguous()
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # sharded by FSDP2
+            tensors[key] = whole.detach().contiguous()
         return seen[id(value)]
 
     if any(value.is_meta for value in tuner.state_dict().values()):
@@ -160,6 +161,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     return header
 
 
+@torch.inference_mode(False)
 def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
     """Attach the adapter in a file and fill it; it acts at once, and brings its own classifier if it has one.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class Tuner:
 
     @property
     def model(self) -> Any:
+        """The user's model, without wrappers of torch.compile or DDP."""
         return self.backbone.model
 
     def __repr__(self) -> str:
@@ -78,7 +80,10 @@ class Tuner:
         """This adapter's copy of a tensor of the model, wherever it stands now."""
         module = self.backbone.module(path)
         held = binding.holder(module)
-        assert held is not None
+        if held is None or self.name not in held.users:
+            raise VisionPEFTError(
+                f"{self.name!r} is detached, or {path or 'the root'} was replaced since it was attached"
+            )
         if held.live.get(name) == self.name:
             return binding.get_tensor(module, name)  # type: ignore[return-value]
         return activation.waiting(held, self.name, name)
@@ -128,6 +133,9 @@ class Tuner:
         activation.settle(self.backbone)
 
     def check_strength(self, value: float) -> None:
+        """Refuse strengths that mean nothing here."""
+        if not math.isfinite(value):
+            raise VisionPEFTError(f"{self.name!r}: a scale must be a finite number, not {value}")
         whole = next((a for a in self.adapters.values() if a.overrides("before") or a.overrides("after")), None)
         if value != 1 and whole is not None:
             raise VisionPEFTError(f"{type(self.method).__name__} acts wholly or not at all: it has no scale {value}")
@@ -139,7 +147,10 @@ class Tuner:
 
     @property
     def fused(self) -> bool:
-        """Whether Linears use the fused function; False means plain torch everywhere (double backward needs it)."""
+        """Whether Linears use the fused function; False means plain torch (double backward needs it).
+
+        One setting for the whole model, other adapters included: they share the function.
+        """
         return all(held.fused for held in self._holders())
 
     @fused.setter
@@ -153,7 +164,11 @@ class Tuner:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The model without this adapter; re-entrant, and afterwards all is as it was, also after an exception."""
+        """The model without this adapter; re-entrant, and afterwards it acts as before, also after an exception.
+
+        Raises:
+            VisionPEFTError: each sample has its own adapter at present.
+        """
         if any(held.mixed for held in self._holders()):
             raise VisionPEFTError("each sample has its own adapter: use None for a sample that should have none")
         if not self.active:
@@ -162,21 +177,38 @@ class Tuner:
         merged = self.merged is not None
         if merged:
             self.unmerge()
-        found = activation.registry(self.backbone)
-        before = [(found.tuners[n], found.tuners[n].scale) for n in found.order] if found else []
+        place = self._others(lambda names: names.index(self.name), add=False)
         try:
-            activation.set_active(self.backbone, [(t, s) for t, s in before if t is not self])
             yield
         finally:
-            activation.set_active(self.backbone, before)
-            if merged:
-                self.merge()
+            found = activation.registry(self.backbone)
+            if found is not None and found.tuners.get(self.name) is self:
+                self._others(lambda names: min(place, len(names)), add=True)
+                if merged:
+                    self.merge()
+
+    def _others(self, place: Callable[[list[str]], int], add: bool) -> int:
+        """Leave the other active adapters as they are, with this one put in at a place or taken out of it."""
+        found = activation.registry(self.backbone)
+        names = list(found.order) if found else []
+        at = place(names)
+        names = [n for n in names if n != self.name]
+        if add:
+            names.insert(at, self.name)
+        assert found is not None
+        activation.set_active(self.backbone, [(found.tuners[n], found.tuners[n].scale) for n in names])
+        return at
 
     # ---- what becomes of it
 
     def check_wrappers(self) -> None:
         """Refuse to undress modules whose adapted forward somebody has wrapped since (accelerate, LyCORIS)."""
         for module, mixins in self.bindings:
+            if binding.changed(module):
+                raise VisionPEFTError(
+                    f"the class of a {type(module).__name__} was changed after {self.name!r} was attached "
+                    "(parametrize, weight_norm, FSDP2, SyncBatchNorm): undo that first"
+                )
             if binding.shadowed(module, mixins):
                 raise VisionPEFTError(
                     f"a {type(module).__name__} got an instance-level `forward` after {self.name!r} came, which "

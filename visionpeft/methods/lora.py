@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.binding import base_class
+from visionpeft.errors import MethodError
 from visionpeft.sites import Backbone, Site
 
 _CONVS: dict[type, Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -47,10 +48,9 @@ class LoRA(Method):
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.init not in ("kaiming", "gaussian"):
-            raise ValueError(f"init={self.init!r}: expected 'kaiming' or 'gaussian'")
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(f"rank={self.rank}, dropout={self.dropout}: expected rank >= 1 and 0 <= dropout < 1")
+            raise MethodError(f"init={self.init!r}: expected 'kaiming' or 'gaussian'")
 
     def default_targets(self, backbone: Backbone) -> str:
         """Query and value as in the paper, qkv where the three interleave; else the MLP layers, else the convs."""
@@ -63,7 +63,8 @@ class LoRA(Method):
         out, width = site.shape[0], math.prod(site.shape[1:])
         if self.rank > min(out, width):
             return f"rank {self.rank} is above the {out} x {width} matrix: choose at most {min(out, width)}"
-        if self.dropout and site.kind != "linear" and not _plain_conv(module):
+        own_branch = site.host or _plain_conv(module) or base_class(module).forward is nn.Linear.forward
+        if self.dropout and not own_branch:
             return "dropout needs the adapter's own branch, and here only the weight can be adapted: set dropout=0"
         return None
 

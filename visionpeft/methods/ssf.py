@@ -37,7 +37,8 @@ class SSF(Method):
         own = module._parameters
         folds = site.kind == "norm" and own.get("weight") is not None and own.get("bias") is not None
         standardised = "Std" in base_class(module).__name__
-        dims = len(site.shape) - 2 if site.kind == "conv" else 0
+        channels_first = site.kind == "norm" and "2d" in base_class(module).__name__
+        dims = len(site.shape) - 2 if site.kind == "conv" else 2 if channels_first else 0
         return SSFAdapter(site.shape[0], dims, folds, standardised, **factory(module))
 
 
