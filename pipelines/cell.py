@@ -17,7 +17,6 @@ from visionpeft.pipelines.recipes import Plan
 from visionpeft.pipelines.settings import Config
 from visionpeft.training import Feed, History, Recipe, features, fit, make_feed, predict_logits, score
 from visionpeft.training.cost import peak_memory, reset_peak_memory
-from visionpeft.training.order import seed_all
 from visionpeft.training.recipe import make_criterion, make_mixup
 
 
@@ -65,7 +64,6 @@ class Cell:
                            drop_path=self.plan.recipe.drop_path, seed=config.seed)
         self.spec = data.preprocessing(self.model, self.plan.protocol, size=config.img_size)
         method = parse_method("full" if scratch else config.method, self.plan.fields)
-        seed_all(config.seed, 1)
         self.tuner = vp.attach(self.model, method, train="head")
         self.model.to(self.accelerator.device)
         self._head = self._cacheable_head()
