@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import zoo
@@ -9,9 +11,12 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import visionpeft as vp
 
-# One plain transformer, one that bypasses qkv, one with convs and Linears, one with BatchNorm and grouped convs, MHA.
-some = pytest.mark.parametrize("case", zoo.on("vit", "beit", "convnext", "efficientnet", "encoder"), ids=str)
-blocks = pytest.mark.parametrize("case", zoo.on("vit", "beit", "clip"), ids=str)
+# Every method on a plain ViT; where qkv is bypassed, on convs, BatchNorms and torch's attention those that go there.
+_ELSEWHERE = {("lora", "beit"), ("ssf", "convnext"), ("lora", "efficientnet"), ("bitfit", "efficientnet"),
+              ("lora", "encoder"), ("ssf", "encoder"), ("houlsby", "swinv2")}  # fmt: skip
+some = pytest.mark.parametrize("case", [c for c in zoo.CASES if c.backbone == "vit" or c in _ELSEWHERE], ids=str)
+few = pytest.mark.parametrize("case", [*zoo.on("vit"), zoo.Case("lora", "resnet"), zoo.Case("ssf", "encoder")], ids=str)
+blocks = pytest.mark.parametrize("case", [*zoo.on("vit"), zoo.Case("lora", "beit"), zoo.Case("lora", "clip")], ids=str)
 TOLERANCE = 1e-5
 
 
@@ -44,7 +49,7 @@ def test_whole_model_bound_before(case):
     assert counter.frame_count <= 2
 
 
-@some
+@few
 def test_whole_model_bound_after(case):
     x = zoo.inputs(case.backbone)
     model = zoo.plain(case.backbone)
@@ -61,7 +66,7 @@ def test_whole_model_bound_after(case):
     assert zoo.distance(zoo.see(compiled, x), base) < TOLERANCE
 
 
-@some
+@few
 def test_gradients_of_a_compiled_model(case):
     x = zoo.inputs(case.backbone)
     model, tuner = zoo.tune(case)
@@ -87,7 +92,7 @@ def test_per_block(case, bound):
     model = zoo.plain(case.backbone)
     counter = CompileCounter()
     stack = model.visual.transformer.resblocks if case.backbone == "clip" else model.blocks
-    deep = torch.nn.Sequential(*[zoo.copy.deepcopy(stack[i % 2]) for i in range(10)])
+    deep = torch.nn.Sequential(*[copy.deepcopy(stack[i % 2]) for i in range(10)])
     if case.backbone == "clip":
         model.visual.transformer.resblocks = torch.nn.ModuleList(deep)
         stack = model.visual.transformer.resblocks

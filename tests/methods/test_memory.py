@@ -85,7 +85,7 @@ def test_an_in_place_operation_after_the_site(case):
         model.to(dtype)
         tuner.fused = fused
         for site in tuner.sites:
-            if site.kind in ("linear", "conv", "norm") and not site.host:
+            if site.kind in ("linear", "conv") and not site.host:
                 module = model.get_submodule(site.path)
                 if not module._forward_hooks:
                     module.register_forward_hook(lambda m, i, y: y.add_(1))
@@ -188,5 +188,6 @@ def test_bytes_alive_after_forward(key, checkpointed):
     tuner = vp.attach(model, zoo.method(key, **fields), train="head")
     longer = (65 + 3) / 65 if key == "vpt" else 1.0
     own = 4 * sum(p.numel() for p in tuner.parameters())
-    outside = 8 * 65 * 96 * 4 if checkpointed else 0  # one stream: what the sites outside the blocks keep
+    stream = 8 * 65 * 96 * 4  # kept outside the blocks: by the head, and by an adapter of the patch embedding
+    outside = stream * (1 + any(s.role == "patch_embed" for s in tuner.sites)) if checkpointed else 0
     assert alive(model) <= frozen * longer * 1.05 + own + outside
