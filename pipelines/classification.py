@@ -37,6 +37,9 @@ from visionpeft.training import make_accelerator, runs, score
 
 __all__ = ["BASELINES", "Config", "Outcome", "Result", "Settings", "Sweep", "run", "sweep"]
 
+MOST_CLASSES = 100
+"""Confusion matrices of more classes are not kept."""
+
 Progress = Callable[[int, int, float], None]
 
 
@@ -83,7 +86,7 @@ def _check(config: Config) -> None:
 def _raw(config: Config, result: Result, accelerator: Any, progress: Any) -> tuple[Tensor, list[dict[str, float]]]:
     splits = load_splits(config)
     logits, result.selection = raw_pixels(splits)
-    _put_scores(result, score(logits, torch.from_numpy(splits.test.labels)), len(splits.test))
+    _put_scores(result, score(logits, torch.from_numpy(splits.test.labels)), splits)
     return logits, []
 
 
@@ -95,7 +98,7 @@ def _adapt(config: Config, result: Result, accelerator: Any,
     cell = Cell(config, plan, accelerator)
     cell.train("train_val", config.folder, config.track_test, progress)
     logits = cell.logits("test")
-    _put_scores(result, score(logits, cell.feed("test").targets, cell.splits.multi_label), len(logits))
+    _put_scores(result, score(logits, cell.feed("test").targets, cell.splits.multi_label), cell.splits)
     path = config.folder / "adapter.safetensors"
     if accelerator.is_main_process:
         cell.save(path)
@@ -104,9 +107,11 @@ def _adapt(config: Config, result: Result, accelerator: Any,
     return logits, cell.history.rows
 
 
-def _put_scores(result: Result, scores: dict[str, Any], images: int) -> None:
-    result.accuracy, result.test_images = scores["accuracy"], images
+def _put_scores(result: Result, scores: dict[str, Any], splits: data.Splits) -> None:
+    result.accuracy, result.test_images, result.classes = scores["accuracy"], len(splits.test), list(splits.classes)
     result.metrics |= {f"test_{k}": v for k, v in scores.items() if isinstance(v, float)}
+    if "confusion" in scores and len(splits.classes) <= MOST_CLASSES:
+        result.confusion = scores["confusion"].tolist()
 
 
 def _put_training(result: Result, cell: Cell) -> None:

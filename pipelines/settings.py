@@ -133,6 +133,9 @@ class Result:
     seconds: float = 0.0
     """Wall time of the cell in the process that finished it."""
     test_images: int = 0
+    classes: list[str] = field(default_factory=list)
+    confusion: list[list[int]] | None = None
+    """Counts on the test set, rows the true class; None for multi-label data and for more than 100 classes."""
     recipe: dict[str, Any] = field(default_factory=dict)
     selection: list[dict[str, Any]] = field(default_factory=list)
     """Grid points and their accuracy on the validation split."""

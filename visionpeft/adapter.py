@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class Forgiving(nn.Module):
     """A module that a base checkpoint need not know of: it loads strictly, and leaves this as it is."""
 
+    kind: str = ""  # kind of the site where it acts; what only waits has none
+
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
         known = len(missing)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
@@ -47,7 +49,6 @@ class Adapter(Forgiving):
     strength: float = 1.0
     rows: tuple[int, int] | None = None
     label: str = ""
-    kind: str = ""  # kind of the site; what only waits in a holder has none
     place: str = ""  # part or role of the site, where one module is host to several
     tap: Any = None  # input of the residual branch, set by the binding
 

@@ -216,7 +216,8 @@ def _place(tuner: Tuner, site: Site, adapter: Adapter) -> None:
     held = _dress(tuner, host, _mixin(site, host))
     box = held._modules.setdefault(tuner.name, nn.ModuleDict())
     assert isinstance(box, nn.ModuleDict)
-    box._modules[site.place] = adapter.train(host.training)
+    box._modules[site.place] = adapter
+    held.train(host.training)
     _switch(tuner, path)
 
 
@@ -281,6 +282,7 @@ def _copy(tuner: Tuner, path: str, name: str, copies: dict[int, Tensor], value: 
             value = nn.Parameter(value, requires_grad=value.is_floating_point())
         copies[id(original)] = value
     activation.put_waiting(held, tuner.name, name, copies[id(original)])
+    held.train(module.training)
     tuner.in_place.append((path, name))
 
 

@@ -141,7 +141,7 @@ def test_multi_label_data(make: Any, tmp_path: Path) -> None:
     config = make(data=f"csv:{tmp_path / 'labels.csv'}", class_weights=True)
     assert load_splits(config).multi_label
     result = run(config)
-    assert result.accuracy == result.metrics["test_map"]
+    assert 0.3 < result.accuracy <= 1 and result.confusion is None
 
 
 def test_vtab_takes_the_published_recipe(make: Any) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from visionpeft.report import page, plots
-from visionpeft.report.table import COLUMNS, Row, against_probe, cells, count
+from visionpeft.report.table import Row, against_probe, count, shown
 
 SAMPLES = 24
 
@@ -21,7 +23,7 @@ def cell_report(result: Any, rows: Sequence[dict[str, float]], logits: Tensor, s
         rows: one per epoch, as in metrics.jsonl.
         logits: [N, C] of the test images.
     """
-    sections = [page.paragraphs(result.notes), page.table(("", ""), _numbers(result))]
+    sections = [page.paragraphs(result.notes), page.table(("", ""), _numbers(result)), *_settings(result)]
     if result.selection:
         head = list(result.selection[0])
         sections += [page.heading("Tried on the validation split"),
@@ -29,7 +31,7 @@ def cell_report(result: Any, rows: Sequence[dict[str, float]], logits: Tensor, s
                                        for row in result.selection])]
     sections += _curves(rows)
     if not splits.multi_label:
-        sections += _predictions(logits.argmax(1).numpy(), splits)
+        sections += _predictions(result, logits.argmax(1).numpy(), splits)
     return page.page(f"{result.method} on {result.data}, seed {result.seed}", sections)
 
 
@@ -41,8 +43,13 @@ def _numbers(result: Any) -> list[tuple[str, str]]:
                 ("test images", count(result.test_images)), ("seconds", f"{result.seconds:.1f}")]
     if result.peak_memory is not None:
         numbers.append(("peak memory", f"{result.peak_memory / 2**20:,.0f} MiB"))
-    numbers += [(f"recipe: {key}", str(value)) for key, value in result.recipe.items()]
-    return numbers + [(f"version: {key}", value) for key, value in result.versions.items()]
+    return numbers
+
+
+def _settings(result: Any) -> list[str]:
+    """Recipe and versions, folded away."""
+    pairs = [*result.recipe.items(), *result.versions.items()]
+    return [page.folded("Recipe and versions", page.table(("", ""), [(key, str(value)) for key, value in pairs]))]
 
 
 def _curves(rows: Sequence[dict[str, float]]) -> list[str]:
@@ -56,16 +63,14 @@ def _curves(rows: Sequence[dict[str, float]]) -> list[str]:
     return drawn + [page.figure(plots.curves({"lr": series["lr"]}, "learning rate"))]
 
 
-def _predictions(predicted: np.ndarray, splits: Any) -> list[str]:
+def _predictions(result: Any, predicted: np.ndarray, splits: Any) -> list[str]:
     labels, classes = splits.test.labels, splits.classes
-    matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    np.add.at(matrix, (labels, predicted), 1)
     plain = splits.test.with_transform(None)
     # Spread over the test set, which may be sorted by class.
     chosen = np.linspace(0, len(labels) - 1, min(SAMPLES, len(labels))).astype(int)
     samples = [_sample(plain[int(i)][0], classes[labels[i]], classes[predicted[i]]) for i in chosen]
-    return [page.heading("Test set"), page.figure(plots.confusion(matrix, classes)),
-            page.heading("Samples of the test set"), *samples]
+    drawn = [] if result.confusion is None else [page.figure(plots.confusion(np.array(result.confusion), classes))]
+    return [page.heading("Test set"), *drawn, page.heading("Samples of the test set"), *samples]
 
 
 def _sample(image: Any, true: str, predicted: str) -> str:
@@ -74,13 +79,13 @@ def _sample(image: Any, true: str, predicted: str) -> str:
 
 
 def sweep_report(outcome: Any, rows: Sequence[Row], means: Sequence[Sequence[str]] = ()) -> str:
-    """HTML of a sweep: the table, a bar chart per data set, what failed.
+    """HTML of a sweep: the table, a bar chart and loss curves per data set, what failed.
 
     Args:
         means: head and rows of a table of benchmark averages, or nothing.
     """
-    sections = [page.table(list(COLUMNS.values()), map(cells, rows)),
-                page.paragraphs([NOTE, *against_probe(list(rows))])]
+    title, head, body = shown(rows)
+    sections = [page.paragraphs([title]), page.table(head, body), page.paragraphs([NOTE, *against_probe(list(rows))])]
     if means:
         sections += [page.heading("Averages"), page.table(means[0], means[1:])]
     tracked = [(r.data, r.method, f"{100 * r.best_test_epoch_accuracy:.2f}") for r in rows
@@ -89,13 +94,32 @@ def sweep_report(outcome: Any, rows: Sequence[Row], means: Sequence[Sequence[str
         sections += [page.heading("Best test epoch (chosen on the test set, as in much of the literature)"),
                      page.table(("data", "method", "accuracy"), tracked)]
     for name in dict.fromkeys(row.data for row in rows):
-        here = [row for row in rows if row.data == name]
-        chart = plots.bars([r.method for r in here], [100 * r.accuracy for r in here],
-                           [100 * (r.deviation or 0) for r in here], "test accuracy, %")
-        sections += [page.heading(name), page.figure(chart)]
+        sections += _data_set(name, [row for row in rows if row.data == name],
+                              [result for result in outcome.results if result.data == name])
     if outcome.failures:
         sections += [page.heading("Failed"), page.table(("cell", "error"), outcome.failures.items())]
     return page.page("visionpeft classify", sections)
+
+
+def _data_set(name: str, rows: Sequence[Row], results: Sequence[Any]) -> list[str]:
+    chart = plots.bars([r.method for r in rows], [100 * r.accuracy for r in rows],
+                       [100 * (r.deviation or 0) for r in rows], "test accuracy, %")
+    sections = [page.heading(name), page.figure(chart)]
+    losses = {result.method: _losses(result) for result in reversed(results)}
+    losses = {method: losses[method] for method in (r.method for r in rows) if losses[method]}
+    if losses:
+        sections.append(page.figure(plots.curves(losses, "training loss, first seed")))
+    best = max(results, key=lambda result: result.accuracy)
+    if best.confusion is not None:
+        sections.append(page.figure(plots.confusion(np.array(best.confusion), best.classes),
+                                    f"{best.method}, seed {best.seed}"))
+    return [*sections, page.paragraphs(["Samples, confusion and curves of each run are in the report.html of its folder."])]
+
+
+def _losses(result: Any) -> list[float]:
+    """Training loss of each epoch, from the run's folder."""
+    path = Path(result.folder, "metrics.jsonl")
+    return [json.loads(line)["train_loss"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 NOTE = ("Accuracy is test accuracy after the last epoch, in per cent, mean over seeds; deviation is the sample "

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from visionpeft.report.table import COLUMNS, against_probe, cells, summarise
+from visionpeft.report.table import against_probe, shown, summarise
 
 
 def _console(quiet: bool = False) -> Console:
@@ -59,7 +59,8 @@ class SweepDisplay:
     def summary(self, outcome: Any) -> None:
         """The table, the verdicts, what failed, and where everything is."""
         rows = summarise(outcome.results)
-        self.console.print(_narrow(list(COLUMNS.values()), [cells(row) for row in rows]))
+        title, head, body = shown(rows)
+        self.console.print(_table(head, body, title))
         lines = against_probe(rows)
         if outcome.skipped:
             lines.append(f"{outcome.skipped} cells had been finished before and were not run again")
@@ -69,16 +70,8 @@ class SweepDisplay:
             self.console.print(line, markup=False)
 
 
-def _narrow(head: list[str], rows: list[list[str]]) -> Table:
-    """The table with data and model in the title if all rows share them: terminals are narrow."""
-    same = [i for i in range(2) if len({row[i] for row in rows}) == 1]
-    keep = [i for i in range(len(head)) if i not in same]
-    title = ", ".join(rows[0][i] for i in same) or None
-    return _table([head[i] for i in keep], [[row[i] for i in keep] for row in rows], title)
-
-
-def _table(head: list[str], rows: list[list[str]], title: str | None = None) -> Table:
-    table = Table(title=title)
+def _table(head: list[str], rows: list[list[str]], title: str = "") -> Table:
+    table = Table(title=title or None)
     for index, name in enumerate(head):
         table.add_column(name, justify="left" if index < 3 else "right", overflow="fold")
     for row in rows:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
 th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child { text-align: left }
@@ -43,3 +43,8 @@ def figure(content: str, caption: str = "", wrong: bool = False) -> str:
     """Markup of a picture (not escaped) with a caption (escaped)."""
     mark = ' class="wrong"' if wrong else ""
     return f"<figure>{content}<figcaption{mark}>{escape(caption)}</figcaption></figure>"
+
+
+def folded(summary: str, content: str) -> str:
+    """Markup (not escaped) behind a line that opens it."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,15 @@ def cells(row: Row) -> list[str]:
         "-" if row.seconds_per_step is None else f"{row.seconds_per_step:.3g}",
         "-" if row.peak_memory is None else f"{row.peak_memory / 2**20:,.0f} MiB",
     ]
+
+
+def shown(rows: Sequence[Row]) -> tuple[str, list[str], list[list[str]]]:
+    """What all rows share of data and model, then head and body of the table without those columns."""
+    body = [cells(row) for row in rows]
+    same = [i for i in range(2) if len({line[i] for line in body}) == 1]
+    keep = [i for i in range(len(COLUMNS)) if i not in same]
+    head = [name for i, name in enumerate(COLUMNS.values()) if i in keep]
+    return ", ".join(body[0][i] for i in same) if body else "", head, [[line[i] for i in keep] for line in body]
 
 
 def count(value: int | None) -> str:

@@ -41,7 +41,7 @@ def _predict(model: nn.Module, feed: Feed, accelerator: Any, batch_size: int) ->
 
 
 def score(logits: Tensor, targets: Tensor, multi_label: bool = False) -> dict[str, Any]:
-    """Scores of visionpeft.metrics, the main one (top-1, or mAP for several labels) also as "accuracy".
+    """Scores of visionpeft.metrics, the main one (top-1, or mAP for several labels) as "accuracy".
 
     Args:
         logits: [N, C], of all processes.
@@ -52,4 +52,4 @@ def score(logits: Tensor, targets: Tensor, multi_label: bool = False) -> dict[st
     metric.sync_on_compute = False
     metric.update(logits, targets)
     scores = metric.compute()
-    return {"accuracy": scores["map" if multi_label else "top1"], **scores}
+    return {"accuracy": scores.pop("map" if multi_label else "top1"), **scores}
