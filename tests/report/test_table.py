@@ -12,8 +12,9 @@ from visionpeft.report.table import against_probe, cells, markdown, summarise, w
 
 
 def results(method: str, accuracies: list[float], images: int = 1000) -> list[Result]:
-    return [Result("digits", "nano_vit", method, seed, accuracy, adapter_parameters=1234567, seconds_per_step=0.5 + seed,
-                   peak_memory=2**21 * (seed + 1), test_images=images) for seed, accuracy in enumerate(accuracies)]
+    return [Result("digits", "nano_vit", method, seed, accuracy, adapter_parameters=1234567, test_images=images,
+                   seconds_per_step=0.5 + seed, peak_memory=2**21 * (seed + 1))
+            for seed, accuracy in enumerate(accuracies)]
 
 
 def test_mean_deviation_and_cost() -> None:

@@ -113,7 +113,7 @@ def _data_set(name: str, rows: Sequence[Row], results: Sequence[Any]) -> list[st
     if best.confusion is not None:
         sections.append(page.figure(plots.confusion(np.array(best.confusion), best.classes),
                                     f"{best.method}, seed {best.seed}"))
-    return [*sections, page.paragraphs(["Samples, confusion and curves of each run are in the report.html of its folder."])]
+    return [*sections, page.paragraphs(["Samples and curves of each run are in the report.html of its folder."])]
 
 
 def _losses(result: Any) -> list[float]:
