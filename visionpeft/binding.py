@@ -150,7 +150,7 @@ def grip(module: nn.Module, name: str, *mixins: type[Mixin]) -> Holder:
     if holder(module) is None:
         if hasattr(module, SLOT):
             raise SiteError(f"a {type(module).__name__} has an attribute {SLOT!r} of its own, the name that we need")
-        module.add_module(SLOT, Holder())
+        module.add_module(SLOT, Holder().train(module.training))
     held = holder(module)
     assert held is not None
     held.users[name] = tuple(dict.fromkeys((*held.users.get(name, ()), *mixins)))
