@@ -112,7 +112,8 @@ def _watch(tuner: Tuner, example: Sequence[Any], grad: bool) -> tuple[set[int], 
     fired: set[int] = set()
     binding._fired = fired
     try:
-        with torch.set_grad_enabled(grad):
+        # Compiled parts run as they were written: a graph would be made for this one look, and guard on `_fired`.
+        with torch.set_grad_enabled(grad), torch.compiler.set_stance("force_eager"):
             return fired, _run(tuner, example)
     finally:
         binding._fired = None
