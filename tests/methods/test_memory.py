@@ -96,7 +96,7 @@ def test_an_in_place_operation_after_the_site(case):
 
 @pytest.mark.parametrize("before", ["norm", "gelu", "silu", "product", "relu", "none"])
 @pytest.mark.parametrize("layout", ["plain", "permuted", "sliced", "transposed"])
-@pytest.mark.parametrize("write", ["nothing", "input", "view of input", "source"])
+@pytest.mark.parametrize("write", ["nothing", "input before", "input", "view of input", "source"])
 def test_whatever_stands_before_the_site(before, layout, write):
     """Layouts and writes that could make a rebuilt input differ from the one that was used."""
 
@@ -116,6 +116,9 @@ def test_whatever_stands_before_the_site(before, layout, write):
             h = acts[before](u)
             if layout == "transposed":
                 h = h.transpose(0, 1)
+            with torch.no_grad():
+                if write == "input before":
+                    h[1:].mul_(2)
             y = self.lin(h)
             with torch.no_grad():
                 if write == "input":
