@@ -83,7 +83,7 @@ class AdaptFormer(Bottleneck):
             nn.init.zeros_(zero)
 
     def combine(self, adapter: BottleneckAdapter, x: Tensor, z: Tensor) -> Tensor:
-        return z + self.scale * adapter.bottleneck(x)
+        return z + self.scale * adapter.bottleneck(x).to(z.dtype)  # under autocast the stream is wider
 
 
 @dataclass(frozen=True)
