@@ -24,7 +24,7 @@ def assert_close(found: dict, expected: dict, tolerance: float = 1e-4) -> None:
 
 @every
 def test_rebuilt_inputs_are_the_kept_ones_to_the_bit(case, monkeypatch):
-    x = zoo.inputs(case.backbone)
+    x = tuple(t.requires_grad_(t.is_floating_point()) for t in zoo.inputs(case.backbone))
     model, tuner = zoo.tune(case, **({"targets": "linear"} if case.method == "lora" and "linear" in
                                      zoo.OFFERS[case.backbone] else {}))  # fmt: skip
     model.train()
