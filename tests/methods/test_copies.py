@@ -179,7 +179,8 @@ def test_bf16_autocast(case):
             return fn(*args)
 
     dtypes = [rounded(output_dtypes, m, x) for m in (plain, model)]
-    assert {k: v for k, v in dtypes[1].items() if k in dtypes[0]} == {k: dtypes[0][k] for k in dtypes[0] if k in dtypes[1]}
+    both = dtypes[0].keys() & dtypes[1].keys()  # torch's attention does not call its projection while it is plain
+    assert {k: dtypes[1][k] for k in both} == {k: dtypes[0][k] for k in both}
     noise = zoo.distance(rounded(zoo.see, plain, x).float(), zoo.base(case.backbone))
     quiet, loud = rounded(zoo.see, model, x), rounded(zoo.run, model, x).detach()
     assert torch.equal(quiet, loud) or zoo.distance(loud.float(), quiet.float()) < 0.02
