@@ -205,6 +205,15 @@ def test_disabled_is_the_base_and_nests(case):
     assert not torch.equal(on, zoo.see(model, x))
 
 
+@pytest.mark.parametrize("case", zoo.on("eva02", "beit", "swinv2"), ids=str)
+def test_disabled_is_the_base_in_every_precision(case):
+    """Where qkv is bypassed a switch makes timm round otherwise: it must be off while nothing acts."""
+    for dtype in (torch.float64, torch.bfloat16):
+        model, tuner = zoo.tune(case, zoo.plain(case.backbone, dtype))
+        with tuner.disabled():
+            assert torch.equal(zoo.base(case.backbone, dtype), zoo.see(model, zoo.inputs(case.backbone, dtype)))
+
+
 @every
 def test_disabled_can_train_nothing_and_optimiser_state_survives(case):
     x = zoo.inputs(case.backbone)

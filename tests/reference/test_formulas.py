@@ -34,11 +34,21 @@ def shake(tuner: vp.Tuner) -> vp.Tuner:
 
 
 def image() -> Tensor:
-    return torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    return torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
 
 
 def assert_equal(a: Tensor, b: Tensor) -> None:
     assert a.shape == b.shape and float((a - b).abs().max()) < 1e-12 * float(b.abs().max())
+
+
+def compare(model: nn.Module, expected: Tensor, x: Tensor, tuner: vp.Tuner) -> None:
+    """The model's output is what the formula expects, and so are the gradients of its input and of every tensor."""
+    y = model(x)
+    assert_equal(y, expected)
+    leaves = [x, *tuner.parameters()]
+    found, wanted = (torch.autograd.grad(out.square().sum(), leaves) for out in (y, expected))
+    for a, b in zip(found, wanted, strict=True):
+        assert float((a - b).abs().max()) < 1e-10 * float(b.abs().max())
 
 
 # ---- a ViT by hand --------------------------------------------------------------------------------------------------
@@ -117,7 +127,7 @@ def test_ssf():
         used.add(path)
         return y * own[path]["gamma"] + own[path]["beta"]
 
-    assert_equal(model(x), forward(model, x, op))
+    compare(model, forward(model, x, op), x, tuner)
     assert used == set(own)
 
 
@@ -135,15 +145,22 @@ def test_lora_on_query_and_value():
     model, x = vit(), image()
     tuner = shake(vp.attach(model, vp.LoRA(rank=3, alpha=6)))
     q, v = tensors(tuner, role="query"), tensors(tuner, role="value")
-    expected = vit()
-    expected.load_state_dict({k: t for k, t in model.state_dict().items() if "peft" not in k})
-    with torch.no_grad():
-        for path in q:
-            w = expected.get_submodule(path).weight
-            w[:D] += 2 * q[path]["b"] @ q[path]["a"]
-            w[2 * D :] += 2 * v[path]["b"] @ v[path]["a"]
     assert len(q) == len(v) == DEPTH
-    assert_equal(model(x), forward(expected, x))
+
+    def op(path: str, y: Tensor) -> Tensor:
+        if path not in q:
+            return y
+        u = norm(model.get_submodule(path.replace("attn.qkv", "norm1")), inputs[path.removesuffix(".attn.qkv")])
+        deltas = [2 * (u @ t[path]["a"].T) @ t[path]["b"].T for t in (q, v)]
+        return y + torch.cat([deltas[0], torch.zeros_like(u), deltas[1]], -1)
+
+    inputs: dict[str, Tensor] = {}
+
+    def enter(path: str, h: Tensor) -> Tensor:
+        inputs[path] = h
+        return h
+
+    compare(model, forward(model, x, op, enter=enter), x, tuner)
 
 
 def bottleneck(t: dict[str, Tensor], u: Tensor, act) -> Tensor:
@@ -158,9 +175,9 @@ def quick_gelu(x: Tensor) -> Tensor:
 def test_adaptformer(scale):
     """x + MLP(LN x) + s Up(ReLU(Down x)), x the stream before the norm."""
     model, x = vit(), image()
-    own = tensors(shake(vp.attach(model, vp.AdaptFormer(hidden=4, scale=scale))))
-    relu = lambda t: t.clamp(min=0)  # noqa: E731
-    assert_equal(model(x), forward(model, x, mlp=lambda p, h, z: z + scale * bottleneck(own[p], h, relu)))
+    tuner = shake(vp.attach(model, vp.AdaptFormer(hidden=4, scale=scale)))
+    own = tensors(tuner)
+    compare(model, forward(model, x, mlp=lambda p, h, z: z + scale * bottleneck(own[p], h, torch.relu)), x, tuner)
 
 
 def test_houlsby():
@@ -171,21 +188,22 @@ def test_houlsby():
     assert len(a) == len(m) == DEPTH
     expected = forward(model, x, attn=lambda p, z: z + bottleneck(a[p], z, gelu),
                        mlp=lambda p, h, z: z + bottleneck(m[p], z, gelu))  # fmt: skip
-    assert_equal(model(x), expected)
+    compare(model, expected, x, tuner)
 
 
 def test_pfeiffer():
     model, x = vit(), image()
-    own = tensors(shake(vp.attach(model, vp.methods.Pfeiffer(hidden=4))))
-    assert_equal(model(x), forward(model, x, mlp=lambda p, h, z: z + bottleneck(own[p], z, quick_gelu)))
+    tuner = shake(vp.attach(model, vp.methods.Pfeiffer(hidden=4)))
+    own = tensors(tuner)
+    compare(model, forward(model, x, mlp=lambda p, h, z: z + bottleneck(own[p], z, quick_gelu)), x, tuner)
 
 
 @pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])
 def test_vpt(deep):
     """[CLS, P, patches]; deep: new prompts for each block, the old ones dropped; the head reads CLS."""
     model, x = vit(), image()
-    own = tensors(shake(vp.attach(model, vp.methods.VPT(tokens=3, deep=deep))))
-    own = {path: t for path, t in own.items() if t}
+    tuner = shake(vp.attach(model, vp.methods.VPT(tokens=3, deep=deep)))
+    own = {path: t for path, t in tensors(tuner).items() if t}
     assert list(own) == (["blocks.0", "blocks.1"] if deep else ["blocks.0"])
 
     def enter(path: str, h: Tensor) -> Tensor:
@@ -196,7 +214,7 @@ def test_vpt(deep):
     def leave(path: str, h: Tensor) -> Tensor:
         return torch.cat([h[:, :1], h[:, 4:]], 1) if deep or path == "blocks.1" else h
 
-    assert_equal(model(x), forward(model, x, enter=enter, leave=leave))
+    compare(model, forward(model, x, enter=enter, leave=leave), x, tuner)
     features = model.forward_features(x)
     assert features.shape == (2, TOKENS, D)
 
