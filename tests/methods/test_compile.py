@@ -121,9 +121,14 @@ def test_per_block(case, bound):
 
 
 @pytest.mark.parametrize("case", zoo.on("vit"), ids=str)
-def test_an_adapted_model_exports(case):
+@pytest.mark.parametrize("merged", [False, True], ids=["adapted", "merged"])
+def test_export(case, merged):
     x = zoo.inputs(case.backbone)
-    model, _ = zoo.tune(case)
+    model, tuner = zoo.tune(case, train=case.method == "linear")
+    if merged and not all(a.overrides("weight") for a in tuner.adapters.values()):
+        pytest.skip("does not merge")
+    if merged:
+        tuner.merge()
     exported = torch.export.export(model, x).module()
     assert zoo.distance(zoo.see(exported, x), zoo.see(model, x)) < TOLERANCE
 

@@ -127,7 +127,8 @@ def test_base_keys_stay_and_a_base_checkpoint_loads_strictly(case):
     result = model.load_state_dict(original, strict=True)
     assert result.missing_keys == [] and result.unexpected_keys == []
     expected = zoo.base(case.backbone) if not tuner.adapters else y
-    assert torch.equal(zoo.see(model, x), expected)
+    far = zoo.distance(zoo.see(model, x), expected)
+    assert far == 0 if case.exact else far < 1e-5
     with pytest.raises(RuntimeError, match="Missing key|Unexpected key"):
         model.load_state_dict({"nonsense": torch.zeros(1)}, strict=True)
     tuner.detach()
