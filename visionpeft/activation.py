@@ -211,8 +211,10 @@ def _settle(module: nn.Module, path: str, name: str, owners: list[Tuner], everyo
 
 @torch.no_grad()
 def _blend(base: Tensor | None, held: binding.Holder, name: str, owners: list[Tuner]) -> Tensor:
-    """base + sum of strength * (copy - base), frozen."""
+    """base + sum of strength * (copy - base), frozen; a counter is taken whole from the last owner."""
     assert base is not None
+    if not base.is_floating_point():
+        return waiting(held, owners[-1].name, name).detach().clone()
     value = base.detach().clone()
     for tuner in owners:
         value += tuner.scale * (waiting(held, tuner.name, name).detach() - base)
