@@ -188,7 +188,7 @@ def _settle(module: nn.Module, path: str, name: str, owners: list[Tuner], everyo
         owner = held.live.pop(name)
         put_waiting(held, owner, name, binding.get_tensor(module, name))
         binding.put_back(module, name)
-    elif f"base_{name}" in held._buffers:  # a blend: nobody's copy
+    elif name in held.aside:  # a blend: nobody's copy
         binding.put_back(module, name)
     if not owners:
         return
@@ -199,7 +199,7 @@ def _settle(module: nn.Module, path: str, name: str, owners: list[Tuner], everyo
         held.live[name] = alone[0].name
         value = take_waiting(held, alone[0].name, name)
     else:
-        if torch.is_grad_enabled() and module.training:
+        if torch.is_grad_enabled():
             warnings.warn(
                 f"{path}.{name} stands blended and learns nothing: at a scale other than 1, and where two adapters "
                 "bring the same tensor, what learns in place is frozen",

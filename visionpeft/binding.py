@@ -11,9 +11,10 @@ Tensors that learn in place are replaced by a trainable copy, the original set a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from visionpeft.adapter import Adapter
@@ -35,11 +36,13 @@ class Tap:
 class Holder(nn.Module):
     """All that is ours at one module.
 
-    Children: for each adapter name a ModuleDict from part to adapter. Buffers (not saved): originals set aside.
+    Children: for each adapter name a ModuleDict from part to adapter.
 
     Attributes:
         active: names of the adapters that act, in order; here or elsewhere in the model.
         live: tensor name -> name of the adapter whose trainable copy stands in the module.
+        aside: originals of tensors that learn in place (by name) or are merged (name of the adapter, dot, name). No
+            buffers: DDP would send them, torch.export would want them, and `.to` would make other objects of them.
         hidden: names whose tensors are left out of the state dict (merged ones).
         fused: whether the fused function is used where it can be.
         tap: input of the residual branch that begins here, taps: all that this block must clear.
@@ -58,6 +61,7 @@ class Holder(nn.Module):
         self.saved: dict[str, Any] = {}
         self.switches: dict[str, Any] = {}
         self.live: dict[str, str] = {}
+        self.aside: dict[str, Tensor | None] = {}
         self.thawed = False
         self.mixed = False
         self.samples: tuple[str | None, ...] | None = None
@@ -67,6 +71,13 @@ class Holder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The identity: a Sequential that holds us passes through."""
         return x
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Holder:
+        super()._apply(fn, recurse)
+        for name, tensor in self.aside.items():
+            if tensor is not None:
+                self.aside[name] = _moved(tensor, fn)
+        return self
 
     def acting(self, *kinds: str) -> list[Adapter]:
         """Adapters of sites of these kinds (all but branches and blocks if none is given) that act, in order."""
@@ -85,6 +96,16 @@ class Holder(nn.Module):
         for key in [k for k in out if k.startswith(prefix) and k[len(prefix) :].split(".")[0] in self.hidden]:
             del out[key]
         return out
+
+
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same object with its data moved or cast, as nn.Module does for parameters; a new one to and from meta."""
+    with torch.no_grad():
+        data = fn(tensor.detach())
+        if tensor.is_meta == data.is_meta:
+            tensor.data = data
+            return tensor
+    return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
 def holder(module: nn.Module) -> Holder | None:
@@ -244,24 +265,17 @@ def set_aside(module: nn.Module, name: str) -> None:
     """Keep the original of a tensor in the holder, once."""
     held = holder(module)
     assert held is not None
-    if f"base_{name}" not in held._buffers:
-        held.register_buffer(f"base_{name}", get_tensor(module, name), persistent=False)
+    held.aside.setdefault(name, get_tensor(module, name))
 
 
 def original(module: nn.Module, name: str) -> Tensor | None:
     """The tensor as the user's model had it."""
     held = holder(module)
-    if held is not None and f"base_{name}" in held._buffers:
-        return held._buffers[f"base_{name}"]
-    return get_tensor(module, name)
+    return held.aside[name] if held is not None and name in held.aside else get_tensor(module, name)
 
 
 def put_back(module: nn.Module, name: str) -> None:
-    """The original in its place again: the same object unless the model was moved or cast meanwhile."""
+    """The original in its place again: the same object."""
     held = holder(module)
     assert held is not None
-    value = held._buffers.pop(f"base_{name}")
-    held._non_persistent_buffers_set.discard(f"base_{name}")
-    if name in module._parameters and not isinstance(value, nn.Parameter) and value is not None:
-        value = nn.Parameter(value, requires_grad=False)
-    set_tensor(module, name, value)
+    set_tensor(module, name, held.aside.pop(name))

@@ -42,7 +42,7 @@ def merge(tuner: Tuner) -> None:
         merged = None if value is None else nn.Parameter(value, requires_grad=False)
         written.append(Written(module, name, merged, 0 if merged is None else merged._version))
         held = binding.grip(module, tuner.name)
-        held.register_buffer(f"merged_{tuner.name}_{name}".replace(".", "_"), original, persistent=False)
+        held.aside[f"{tuner.name}.{name}"] = original
         module._parameters[name] = merged
     tuner.merged = written
     for root in tuner.backbone.roots.values():
@@ -126,12 +126,7 @@ def unmerge(tuner: Tuner) -> None:
     for w in tuner.merged:
         held = binding.holder(w.module)
         assert held is not None
-        key = f"merged_{tuner.name}_{w.name}".replace(".", "_")
-        value = held._buffers.pop(key)
-        held._non_persistent_buffers_set.discard(key)
-        if value is not None and not isinstance(value, nn.Parameter):  # the model was moved or cast meanwhile
-            value = nn.Parameter(value, requires_grad=False)
-        w.module._parameters[w.name] = value
+        w.module._parameters[w.name] = held.aside.pop(f"{tuner.name}.{w.name}")  # type: ignore[assignment]
     tuner.merged = None
     for module, mixins in tuner.bindings:
         held = binding.grip(module, tuner.name, *mixins)

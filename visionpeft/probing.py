@@ -55,7 +55,9 @@ def probe_attached(tuner: Tuner) -> None:
         raise
     except Exception as error:
         if (cause := _fails_alone(tuner, example)) is not None:
-            _unchecked(f"the model does not run on an input of shape {tuple(example[0].shape)} ({type(cause).__name__})")
+            _unchecked(
+                f"the model does not run on an input of shape {tuple(example[0].shape)} ({type(cause).__name__})"
+            )
             return
         raise SiteError(f"the model runs alone but not with {tuner.method.summary()}: {error}") from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import zoo
@@ -124,11 +126,11 @@ def test_two_at_once_learn_or_say_that_they_cannot(case):
         pytest.skip("one head at a time")
     x = zoo.inputs(case.backbone)
     model, a = zoo.tune(case, name="a", train=False)
-    try:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         _, b = zoo.tune(case, model, name="b", train=False)
-    except VisionPEFTError as error:
-        assert "'a'" in str(error)
-        return
+    if any("learns nothing" in str(warning.message) for warning in told):
+        return  # two copies of one tensor stand blended
     out = zoo.run(model, x)
     assert out.requires_grad
     zoo.loss(out).backward()
@@ -140,9 +142,10 @@ def test_at_half_strength_it_learns_or_says_that_it_cannot(case):
     if case.method in ("linear", "vpt"):
         pytest.skip("no scale")
     model, tuner = zoo.tune(case, train=False)
-    try:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         tuner.scale = 0.5
-    except VisionPEFTError:
+    if any("learns nothing" in str(warning.message) for warning in told):
         return
     out = zoo.run(model, zoo.inputs(case.backbone))
     assert out.requires_grad
