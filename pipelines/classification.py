@@ -13,7 +13,7 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from visionpeft.metrics import ppt, vtab_means
 from visionpeft.pipelines.baselines import raw_pixels
 from visionpeft.pipelines.cell import Cell, load_splits
 from visionpeft.pipelines.methods import method_name, parse_method
+from visionpeft.pipelines.parallel import Progress, side_by_side
 from visionpeft.pipelines.recipes import plan_for
 from visionpeft.pipelines.selection import grid_points, select
 from visionpeft.pipelines.settings import BASELINES, Config, Result, Settings, Sweep
@@ -39,8 +40,6 @@ __all__ = ["BASELINES", "Config", "Outcome", "Result", "Settings", "Sweep", "run
 
 MOST_CLASSES = 100
 """Confusion matrices of more classes are not kept."""
-
-Progress = Callable[[int, int, float], None]
 
 
 def run(config: Config, progress: Progress | None = None) -> Result:
@@ -151,8 +150,9 @@ def cells(plan: Sweep) -> list[Config]:
     """All cells of a sweep: tasks outermost, then methods, then seeds."""
     shared = {f.name: getattr(plan, f.name) for f in fields(Settings)}
     tasks = "all" if tuple(plan.tasks) == ("all",) else list(plan.tasks)
-    return [Config(**(shared | {"data": spec}), method=method, seed=seed)
-            for spec in data.expand(plan.data, tasks) for method in plan.method for seed in plan.seeds]
+    found = [Config(**(shared | {"data": spec}), method=method, seed=seed)
+             for spec in data.expand(plan.data, tasks) for method in plan.method for seed in plan.seeds]
+    return list(dict.fromkeys(found))  # a method named twice is one row
 
 
 def sweep(plan: Sweep, watch: Callable[[int, int, Config], Progress] | None = None,
@@ -168,29 +168,39 @@ def sweep(plan: Sweep, watch: Callable[[int, int, Config], Progress] | None = No
     todo = cells(plan)
     for config in todo:
         _check(config)
-    outcome = Outcome(folder=Path(plan.out))
-    for number, config in enumerate(todo):
-        progress = watch(number, len(todo), config) if watch is not None else None
-        outcome.skipped += (config.folder / "result.json").exists()
-        news: Result | str
-        try:
-            news = run(config, progress)
-            outcome.results.append(news)
-        except Exception as error:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                raise  # the other processes would wait for this one for ever
-            news = _note_failure(config, error)
-            outcome.failures[f"{config.data_name} {config.method} seed {config.seed}"] = news
+    outcome = Outcome(folder=Path(plan.out), skipped=sum((c.folder / "result.json").exists() for c in todo))
+
+    def begin(number: int, config: Config) -> Progress | None:
+        return None if watch is None else watch(number, len(todo), config)
+
+    news = {}
+    for config, what in side_by_side(todo, plan.jobs, begin) if (plan.jobs or 1) > 1 else _in_turn(todo, begin):
+        news[config] = what
         if done is not None:
-            done(config, news)
+            done(config, what)
+    outcome.results = [what for config in todo if isinstance(what := news[config], Result)]
+    outcome.failures = {f"{c.data_name} {c.method} seed {c.seed}": what
+                        for c in todo if isinstance(what := news[c], str)}
     _write_summary(plan, outcome)
     return outcome
 
 
-def _note_failure(config: Config, error: Exception) -> str:
-    runs.write_text(config.folder / "error.txt", traceback.format_exc())
-    message = str(error) if isinstance(error, VisionPEFTError) else f"{type(error).__name__}: {error}"
-    return message.strip().splitlines()[0] if message.strip() else type(error).__name__
+def _in_turn(todo: Sequence[Config], begin: Callable[[int, Config], Progress | None]) -> Iterator[
+        tuple[Config, Result | str]]:
+    for number, config in enumerate(todo):
+        yield config, attempt(config, begin(number, config))
+
+
+def attempt(config: Config, progress: Progress | None = None) -> Result | str:
+    """`run`, or the error message of a cell that failed; its traceback goes to error.txt in its folder."""
+    try:
+        return run(config, progress)
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise  # the other processes would wait for this one for ever
+        runs.write_text(config.folder / "error.txt", traceback.format_exc())
+        message = str(error) if isinstance(error, VisionPEFTError) else f"{type(error).__name__}: {error}"
+        return message.strip().splitlines()[0] if message.strip() else type(error).__name__
 
 
 def _write_summary(plan: Sweep, outcome: Outcome) -> None:

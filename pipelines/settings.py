@@ -108,6 +108,9 @@ class Sweep(Settings):
     seeds: tuple[int, ...] = (0,)
     tasks: tuple[str, ...] = ("all",)
     """Tasks of a family of data sets such as vtab."""
+    jobs: int | None = None
+    """Cells at a time, each with its share of the cores. On the command line None is one per core (at most eight) for
+    the bundled model, which gains nothing from more threads, and otherwise one."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+BELOW = ("linear", "ssf", "full")  # labels under their points, so that neighbours and the line stay legible
 LABELS = {"linear": "linear probe", "ssf": "SSF", "lora": "LoRA", "full": "full fine-tuning", "scratch": "from scratch"}
 
 
@@ -25,7 +26,9 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         error = 100 * float(row["deviation"]) if row["deviation"] else None
         colour = "tab:grey" if row["method"] in ("linear", "full", "scratch") else "tab:blue"
         axes.errorbar(x, y, yerr=error, fmt="o", color=colour, capsize=3)
-        axes.annotate(LABELS.get(row["method"], row["method"]), (x, y), (8, 6), textcoords="offset points")
+        shift, side = ((-6, -14), "right") if row["method"] in BELOW else ((8, -14), "left")
+        label = LABELS.get(row["method"], row["method"])
+        axes.annotate(label, (x, y), shift, textcoords="offset points", ha=side)
     for row in (r for r in rows if r["method"] == "raw"):
         y = 100 * float(row["accuracy"])
         axes.axhline(y, color="tab:grey", lw=1, ls=":")
@@ -33,7 +36,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
                       textcoords="offset points", color="tab:grey")  # fmt: skip
     axes.set(xscale="log", xlabel="trained parameters, with classifier", ylabel="test accuracy, %")
     axes.set_title(f"{rows[0]['model']} on {rows[0]['data']}: 1,000 images to learn from", fontsize=10)
-    axes.margins(0.18)
+    axes.margins(0.22)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)
