@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,13 +62,22 @@ def _classify(plan: Sweep) -> int:
 def classify(plan: Sweep) -> int:
     """Do a sweep with progress bars and print its table; returns 1 if cells failed."""
     require("accelerate", extra="train")
+    from visionpeft.models.nano import ARCHITECTURES
     from visionpeft.pipelines.classification import sweep
     from visionpeft.report.console import SweepDisplay
 
+    if plan.jobs is None:
+        plan = replace(plan, jobs=_cores() if plan.model in ARCHITECTURES else 1)
     with SweepDisplay(main=not int(os.environ.get("RANK", 0))) as display:
         outcome = sweep(plan, watch=display.begin, done=display.end)
     display.summary(outcome)
     return 1 if outcome.failures else 0
+
+
+def _cores() -> int:
+    """Cores for cells side by side; one where several processes share each cell already."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return min(os.cpu_count() or 1, 8) if alone else 1
 
 
 def _predict(run: str, images: str, out: str = "predictions.csv", checkpoint: str | None = None) -> int:

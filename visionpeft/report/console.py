@@ -21,14 +21,14 @@ def _console(quiet: bool = False) -> Console:
 
 
 class SweepDisplay:
-    """A bar for the cell at work, a line for each finished one, and the table."""
+    """A bar for each cell at work, a line for each finished one, and the table."""
 
     def __init__(self, main: bool = True) -> None:
         self.console = _console(quiet=not main)
         self.bars = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
             TimeRemainingColumn(), console=self.console, transient=True, disable=not main)
-        self.task: Any = None
+        self.tasks: dict[Any, Any] = {}
 
     def __enter__(self) -> SweepDisplay:
         self.bars.start()
@@ -40,7 +40,7 @@ class SweepDisplay:
     def begin(self, number: int, total: int, config: Any) -> Callable[[int, int, float], None]:
         """A new bar; gives the callback that moves it."""
         name = f"[{number + 1}/{total}] {config.data_name} {config.method} seed {config.seed}"
-        task = self.task = self.bars.add_task(name.replace("[", r"\["), total=None, loss="")
+        task = self.tasks[config] = self.bars.add_task(name.replace("[", r"\["), total=None, loss="")
 
         def progress(done: int, steps: int, loss: float) -> None:
             self.bars.update(task, completed=done, total=steps, loss=f"loss {loss:.3f}")
@@ -49,7 +49,7 @@ class SweepDisplay:
 
     def end(self, config: Any, news: Any) -> None:
         """Take the bar away, leave a line."""
-        self.bars.remove_task(self.task)
+        self.bars.remove_task(self.tasks.pop(config))
         name = f"{config.data_name} {config.method} seed {config.seed}"
         if isinstance(news, str):
             self.console.print(f"{name}: failed: {news}", markup=False, style="red")
