@@ -85,7 +85,7 @@ def _check(config: Config) -> None:
 def _raw(config: Config, result: Result, accelerator: Any, progress: Any) -> tuple[Tensor, list[dict[str, float]]]:
     splits = load_splits(config)
     logits, result.selection = raw_pixels(splits)
-    _put_scores(result, score(logits, torch.from_numpy(splits.test.labels)), splits)
+    _put_scores(result, logits, splits)
     return logits, []
 
 
@@ -97,7 +97,7 @@ def _adapt(config: Config, result: Result, accelerator: Any,
     cell = Cell(config, plan, accelerator)
     cell.train("train_val", config.folder, config.track_test, progress)
     logits = cell.logits("test")
-    _put_scores(result, score(logits, cell.feed("test").targets, cell.splits.multi_label), cell.splits)
+    _put_scores(result, logits, cell.splits)
     path = config.folder / "adapter.safetensors"
     if accelerator.is_main_process:
         cell.save(path)
@@ -106,10 +106,15 @@ def _adapt(config: Config, result: Result, accelerator: Any,
     return logits, cell.history.rows
 
 
-def _put_scores(result: Result, scores: dict[str, Any], splits: data.Splits) -> None:
+def _put_scores(result: Result, logits: Tensor, splits: data.Splits) -> None:
+    scores = score(logits, torch.from_numpy(splits.test.labels), splits.multi_label)
     result.accuracy, result.test_images, result.classes = scores["accuracy"], len(splits.test), list(splits.classes)
     result.metrics |= {f"test_{k}": v for k, v in scores.items() if isinstance(v, float)}
-    if "confusion" in scores and len(splits.classes) <= MOST_CLASSES:
+    if splits.multi_label:
+        return
+    right = logits.argmax(1).numpy() == splits.test.labels
+    result.correct = "".join("1" if r else "0" for r in right)
+    if len(splits.classes) <= MOST_CLASSES:
         result.confusion = scores["confusion"].tolist()
 
 

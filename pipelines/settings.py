@@ -137,6 +137,8 @@ class Result:
     """Wall time of the cell in the process that finished it."""
     test_images: int = 0
     classes: list[str] = field(default_factory=list)
+    correct: str = ""
+    """Which test images were classified right, "1", or wrong, "0"; empty for multi-label data."""
     confusion: list[list[int]] | None = None
     """Counts on the test set, rows the true class; None for multi-label data and for more than 100 classes."""
     recipe: dict[str, Any] = field(default_factory=dict)

@@ -85,7 +85,8 @@ def sweep_report(outcome: Any, rows: Sequence[Row], means: Sequence[Sequence[str
         means: head and rows of a table of benchmark averages, or nothing.
     """
     title, head, body = shown(rows)
-    sections = [page.paragraphs([title]), page.table(head, body), page.paragraphs([NOTE, *against_probe(list(rows))])]
+    sections = [page.paragraphs([title]), page.table(head, body),
+                page.paragraphs([NOTE, *against_probe(outcome.results)])]
     if means:
         sections += [page.heading("Averages"), page.table(means[0], means[1:])]
     tracked = [(r.data, r.method, f"{100 * r.best_test_epoch_accuracy:.2f}") for r in rows

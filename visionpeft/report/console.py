@@ -61,7 +61,7 @@ class SweepDisplay:
         rows = summarise(outcome.results)
         title, head, body = shown(rows)
         self.console.print(_table(head, body, title))
-        lines = against_probe(rows)
+        lines = against_probe(outcome.results)
         if outcome.skipped:
             lines.append(f"{outcome.skipped} cells had been finished before and were not run again")
         lines += [f"FAILED {cell}: {why}" for cell, why in outcome.failures.items()]

@@ -39,7 +39,6 @@ class Row:
     peak_memory: int | None
     best_test_epoch_accuracy: float | None
     """Mean of the best test accuracies over epochs: not comparable with `accuracy`."""
-    test_images: int
 
 
 def summarise(results: Iterable[Any]) -> list[Row]:
@@ -59,7 +58,7 @@ def _row(group: list[Any]) -> Row:
         first.data, first.model, first.method, len(group), statistics.mean(accuracies),
         statistics.stdev(accuracies) if len(group) > 1 else None, first.adapter_parameters, first.trained_parameters,
         first.file_bytes, statistics.median(steps) if steps else None, max(memory) if memory else None,
-        statistics.mean(best) if best else None, first.test_images)
+        statistics.mean(best) if best else None)
 
 
 def cells(row: Row) -> list[str]:
@@ -103,25 +102,38 @@ def write_csv(path: Path, rows: list[Row]) -> None:
     runs.write_text(path, text.getvalue())
 
 
-def against_probe(rows: list[Row]) -> list[str]:
+def against_probe(results: Sequence[Any]) -> list[str]:
     """For each data set, whether each method beats the linear probe by more than two deviations.
 
-    The deviation of the difference: over seeds where both have several, else binomial over the test images.
+    The deviation of the difference: over seeds where both have several, else over the test images, which are the same
+    for both (each counts +1, 0 or -1, as one, both or the other is right).
     """
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for result in results:
+        groups.setdefault((result.data, result.model, result.method), []).append(result)
     lines = []
-    for probe in (row for row in rows if row.method.partition(":")[0] == "linear"):
-        others = [r for r in rows if (r.data, r.model) == (probe.data, probe.model) and r is not probe]
-        lines += [_verdict(row, probe) for row in others if row.adapter_parameters is not None]
+    for (data, model, method), probe in groups.items():
+        if method.partition(":")[0] == "linear":
+            lines += [_verdict(group, probe) for key, group in groups.items()
+                      if key[:2] == (data, model) and key[2] != method and group[0].adapter_parameters is not None]
     return lines
 
 
-def _verdict(row: Row, probe: Row) -> str:
-    gain = row.accuracy - probe.accuracy
-    if row.deviation is not None and probe.deviation is not None:
-        spread, kind = math.hypot(row.deviation, probe.deviation), f"over {row.seeds} seeds"
+def _verdict(group: Sequence[Any], probe: Sequence[Any]) -> str:
+    gain = statistics.mean(r.accuracy for r in group) - statistics.mean(r.accuracy for r in probe)
+    if min(len(group), len(probe)) > 1:
+        spread = math.hypot(*(statistics.stdev(r.accuracy for r in some) for some in (group, probe)))
+        kind = f"over {len(group)} seeds"
+    elif group[0].correct and probe[0].correct:
+        spread, kind = _paired(group[0].correct, probe[0].correct), f"over the {len(probe[0].correct):,} test images"
     else:
-        variances = [r.accuracy * (1 - r.accuracy) / max(r.test_images, 1) for r in (row, probe)]
-        spread, kind = math.sqrt(sum(variances)), f"binomial, {row.test_images:,} test images"
+        return f"{group[0].data}: {group[0].method} against the linear probe: {100 * gain:+.2f} points, one seed"
     beats = "beats" if gain > 2 * spread else "does not beat"
-    return (f"{row.data}: {row.method} {beats} the linear probe by more than two deviations "
+    return (f"{group[0].data}: {group[0].method} {beats} the linear probe by more than two deviations "
             f"({100 * gain:+.2f} points, deviation {100 * spread:.2f} {kind})")
+
+
+def _paired(first: str, second: str) -> float:
+    """Deviation of the difference of two accuracies on the same images, given which were right ("1") or wrong."""
+    differences = [int(a) - int(b) for a, b in zip(first, second, strict=True)]
+    return statistics.pstdev(differences) / math.sqrt(len(differences))
