@@ -69,7 +69,9 @@ def run(config: Config, progress: Progress | None = None) -> Result:
         runs.write_json(folder / "result.json", asdict(result))
         for left in ("checkpoint.pt", "error.txt"):
             (folder / left).unlink(missing_ok=True)
-    accelerator.end_training()
+    # Not end_training(): that would take down the process group, which the next cell needs.
+    for tracker in accelerator.trackers:
+        tracker.finish()
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result

@@ -1,6 +1,9 @@
 """Classification for `accelerate launch`; takes the arguments of `visionpeft classify`.
 
-accelerate launch --num_processes 2 --cpu scripts/train_classification.py --method lora --epochs 2
+    accelerate launch --multi_gpu --num_processes 2 scripts/train_classification.py --method lora --epochs 2
+
+On CPUs write ACCELERATE_USE_CPU=true before it. The launcher's own --cpu starts a single process, whatever
+--num_processes says (accelerate 1.15).
 """
 
 import sys

@@ -71,6 +71,7 @@ def classify(plan: Sweep) -> int:
     with SweepDisplay(main=not int(os.environ.get("RANK", 0))) as display:
         outcome = sweep(plan, watch=display.begin, done=display.end)
     display.summary(outcome)
+    require("accelerate", extra="train").PartialState().destroy_process_group()
     return 1 if outcome.failures else 0
 
 
