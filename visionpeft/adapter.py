@@ -92,7 +92,8 @@ class Method:
 
     Attributes:
         targets: roles, kinds and path globs separated by spaces, or a predicate `(Site) -> bool`;
-            None means the paper's, which `default_targets` gives for a backbone.
+            None means the paper's, which `default_targets` gives for a backbone; in a diffusion pipeline those in
+            the denoiser, unless `within` says otherwise.
         within, exclude: path globs that narrow the choice.
     """
 
@@ -119,8 +120,12 @@ class Method:
         """The sites that this method adapts in a backbone."""
         from visionpeft.sites import choose_among
 
-        targets = self.targets if self.targets is not None else self.default_targets(backbone)
-        return choose_among(backbone.sites(), targets, self.within, self.exclude)
+        sites: Sequence[Site] = backbone.sites(self.tower)
+        if self.targets is not None:
+            return choose_among(sites, self.targets, self.within, self.exclude, backbone.presets())
+        if self.within is None:
+            sites = backbone.main(sites)
+        return choose_among(sites, self.default_targets(backbone), self.within, self.exclude)
 
     def refuses(self, site: Site, module: nn.Module) -> str | None:
         """Why this method cannot act at the site, or None if it can."""

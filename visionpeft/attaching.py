@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -251,19 +251,32 @@ def _tap(tuner: Tuner, site: Site, adapter: Adapter) -> None:
     block.taps = tuple(dict.fromkeys((*block.taps, first.tap)))
 
 
-def _switch(tuner: Tuner, path: str) -> None:
-    """Make every module above call its children."""
+def _owners(tuner: Tuner, path: str) -> Iterator[tuple[nn.Module, str]]:
+    """Every module above a path, with the name of its child on the way."""
     while path:
         path, _, child = path.rpartition(".")
         root, rest = tuner.backbone.split(path)
         if root not in tuner.backbone.roots:
             return
-        module = tuner.backbone.module(path)
+        yield tuner.backbone.module(path), child
+
+
+def _switch(tuner: Tuner, path: str) -> None:
+    """Make every module above call its children."""
+    for module, child in _owners(tuner, path):
         for attribute, value in backbones.switches(module, child).items():
             binding.switch(module, tuner.name, attribute, value)
 
 
 def _copy(tuner: Tuner, path: str, name: str, copies: dict[int, Tensor], value: Tensor | None = None) -> None:
+    _guard(tuner, path)
+
+
+def _guard(tuner: Tuner, path: str) -> None:
+    """Modules above that must know of it, whether adapters or tensors of ours are there."""
+    for module, child in _owners(tuner, path):
+        if (mixin := backbones.guard(module, child)) is not None:
+            _dress(tuner, module, mixin)
     """A trainable copy of the original, or the value given for it, waiting to be put in its place.
 
     Tied tensors stay tied: one original has one copy.
@@ -284,6 +297,7 @@ def _copy(tuner: Tuner, path: str, name: str, copies: dict[int, Tensor], value: 
     activation.put_waiting(held, tuner.name, name, copies[id(original)])
     held.train(module.training)
     tuner.in_place.append((path, name))
+    _guard(tuner, path)
 
 
 def _activate_new(tuner: Tuner, registry: Registry) -> None:

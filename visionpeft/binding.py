@@ -115,10 +115,11 @@ def holder(module: nn.Module) -> Holder | None:
 
 
 class Mixin:
-    """What a module does while it is dressed; a smaller `layer` stands further in front."""
+    """What a module does while it is dressed; a smaller `layer` stands further in front; `stays` when merged."""
 
     layer: ClassVar[int]
     peft: Holder
+    stays: ClassVar[bool] = False
 
 
 class FrozenStatistics(Mixin):
@@ -126,6 +127,7 @@ class FrozenStatistics(Mixin):
 
     layer = 5
 
+    stays = True
     def train(self, mode: bool = True) -> Any:
         super().train(mode)  # type: ignore[misc]
         self.training = mode and self.peft.thawed
@@ -212,7 +214,7 @@ def undress(module: nn.Module, name: str) -> None:
     """Take the mixins of `name` off while it is merged; its tensors stay."""
     held = holder(module)
     assert held is not None
-    held.users[name] = tuple(m for m in held.users[name] if m is FrozenStatistics)
+    held.users[name] = tuple(m for m in held.users[name] if m.stays)
     _dress(module, held)
 
 

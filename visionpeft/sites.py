@@ -134,7 +134,8 @@ class Backbone:
         found = Sites()
         for path, module in modules.items():
             role = "head" if inside(path, heads) else backbones.role(path, modules)
-            found += _module_sites(path, module, modules.get(path.rpartition(".")[0]) if path else None, role)
+            found += _module_sites(path, module, modules.get(above) if path else None, role)
+            found += _raw_sites(path, module)
             found += _block_sites(path, module)
         return found
 
@@ -170,11 +171,37 @@ def _components(model: Any) -> dict[str, nn.Module]:
 
 
 def inside(path: str, roots: Sequence[str]) -> bool:
+            above = path.rpartition(".")[0]
+            if self.hidden(path):
+                continue
     """Whether a path is one of the roots or below one."""
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
 def _module_sites(path: str, module: nn.Module, parent: nn.Module | None, role: backbones.Role) -> list[Site]:
+    def hidden(self, path: str) -> bool:
+        """Whether a module is a mere copy of others (fused projections), where nothing of ours belongs."""
+        above, _, last = path.rpartition(".")
+        root, rest = self.split(above)
+        return bool(path) and root in self.roots and backbones.hidden(self.module(above), last)
+
+    def main(self, sites: Sequence[Site]) -> list[Site]:
+        """The sites that methods adapt unless told otherwise: a pipeline's denoiser, in all else every one."""
+        names = [name for name, root in self.roots.items() if backbones.denoises(root)] or list(self.roots)
+        return [site for site in sites if self.split(site.path)[0] in names]
+
+    def presets(self) -> dict[str, set[str]]:
+        """Words for `targets=` that libraries here know -> paths that they mean."""
+        found: dict[str, set[str]] = {}
+        for name, root in self.roots.items():
+            modules = dict(_walk(root, name, set()))
+            libs = {id(lib): lib for m in modules.values() if (lib := backbones.library(m)) is not None}
+            for lib in libs.values():
+                for word, means in lib.presets.items():
+                    hits = {path for path, m in modules.items() if kind_of(m) is not None and means(path, modules)}
+                    found.setdefault(word, set()).update(hits)
+        return found
+
     if isinstance(parent, nn.MultiheadAttention):
         return []  # its projections are sites of the attention itself
     if _is_torch_mha(module):
@@ -239,11 +266,13 @@ def kind_of(module: nn.Module) -> str | None:
     return None
 
 
-def choose_among(sites: Sequence[Site], targets: Targets, within: str | None, exclude: str | None) -> list[Site]:
+def choose_among(sites: Sequence[Site], targets: Targets, within: str | None, exclude: str | None,
+                 presets: Mapping[str, set[str]] | None = None) -> list[Site]:  # fmt: skip
     """The sites that targets choose, each once, in the order given.
 
-    The classifier is chosen only by a glob that names it, by its role or by a predicate. A glob takes whole modules:
-    rows of one are chosen by role.
+    The classifier, and the projections of CLIP towers into their joint space, are chosen only by a glob that names
+    them, by their role or by a predicate. A glob takes whole modules:
+    rows of one are chosen by role. `presets` are words for sets of paths.
 
     Raises:
         SiteError: a word of `targets` or `exclude` matches nothing, with the words that would.
@@ -255,7 +284,11 @@ def choose_among(sites: Sequence[Site], targets: Targets, within: str | None, ex
         hits = {"targets=<predicate>": [s for s in sites if targets(s)]}
     else:
         words = targets.split() if isinstance(targets, str) else list(targets or ())
-        hits = {word: [s for s in sites if _matches(s, word)] for word in words}
+        known = presets or {}
+        hits = {
+            word: [s for s in sites if (s.path in known[word] and not s.part if word in known else _matches(s, word))]
+            for word in words
+        }
     empty = [word for word, hit in hits.items() if not hit] or ([] if hits else [""])
     if empty:
         raise SiteError(_no_match(empty, sites))

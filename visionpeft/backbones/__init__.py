@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from visionpeft.binding import base_class
+from visionpeft.binding import Mixin, base_class
 
 Role = str | tuple[str, ...]
 
@@ -37,6 +37,10 @@ class Library:
         heads: paths of the classifiers of a root; example: an input for it.
         prefix_tokens: how many tokens stand before the patches.
     """
+        guard: what the owner of the child of that name wears besides while an adapter is there.
+        hidden: says whether the child of that name is a mere copy of others, so that no adapter belongs there.
+        presets: word of `targets=` -> says whether it means the module at a path, given all modules.
+        denoises: says whether a root is what a diffusion pipeline trains, unless told otherwise.
 
     name: str
     roles: tuple[tuple[str, Mapping[str, Role]], ...] = ()
@@ -52,6 +56,10 @@ class Library:
 
 
 def library(module: nn.Module | None) -> Library | None:
+    guard: Callable[[nn.Module, str], type[Mixin] | None] = lambda module, child: None
+    hidden: Callable[[nn.Module, str], bool] = lambda parent, name: False
+    presets: Mapping[str, Callable[[str, Mapping[str, nn.Module]], bool]] = field(default_factory=dict)
+    denoises: Callable[[nn.Module], bool] = lambda root: False
     """The library whose class a module has."""
     if module is None:
         return None
@@ -155,9 +163,25 @@ def prefix_tokens(root: nn.Module) -> int | None:
 
 
 def _libraries() -> dict[str, Library]:
-    from visionpeft.backbones import open_clip, timm, torch, transformers
+    from visionpeft.backbones import diffusers, open_clip, timm, torch, transformers
 
-    return {lib.name: lib for lib in (timm.LIBRARY, open_clip.LIBRARY, transformers.LIBRARY, torch.LIBRARY)}
+def guard(module: nn.Module, child: str) -> type[Mixin] | None:
+    lib = library(module)
+    return lib.guard(module, child) if lib else None
+
+
+def hidden(parent: nn.Module | None, name: str) -> bool:
+    lib = library(parent)
+    return bool(lib and parent is not None and lib.hidden(parent, name))
+
+
+def denoises(root: nn.Module) -> bool:
+    lib = library(root)
+    return bool(lib and lib.denoises(root))
+
+
+    files = (timm, open_clip, transformers, diffusers, torch)
+    return {file.LIBRARY.name: file.LIBRARY for file in files}
 
 
 LIBRARIES: dict[str, Library] = _libraries()

@@ -1,13 +1,15 @@
-"""Vision models of Hugging Face transformers."""
+"""Vision models and text encoders of Hugging Face transformers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from visionpeft.backbones import Library
+from visionpeft.binding import base_class
 
 _ATTENTION = {
     "query": "query", "key": "key", "value": "value",
@@ -22,6 +24,9 @@ _MLP = {
 def _example(root: nn.Module) -> tuple[Any, ...] | None:
     config = getattr(root, "config", None)
     size = getattr(config, "image_size", None)
+    if getattr(root, "main_input_name", "pixel_values") == "input_ids":
+        length = min(getattr(config, "max_position_embeddings", 8), 8)
+        return (torch.ones(1, length, dtype=torch.long, device=next(root.parameters()).device),)
     if size is None or getattr(root, "main_input_name", "pixel_values") != "pixel_values":
         return None
     height, width = (size, size) if isinstance(size, int) else size
@@ -32,9 +37,24 @@ def _example(root: nn.Module) -> tuple[Any, ...] | None:
 
 _SCALED = {"attention": ("norm1", "layer_scale1"), "mlp": ("norm2", "layer_scale2")}
 
+def _in_text_preset(names: frozenset[str]) -> Callable[[str, Mapping[str, nn.Module]], bool]:
+    """Whether a module is one of these in a CLIP text encoder, as `visionpeft.backbones.diffusers` has its presets."""
+
+    def means(path: str, modules: Mapping[str, nn.Module]) -> bool:
+        above, _, name = path.rpartition(".")
+        owner = base_class(modules[above]).__name__ if above in modules else ""
+        return name in names and owner.startswith("CLIP") and owner.endswith(("Attention", "MLP"))
+
+    return means
+
+
+_PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
+
 LIBRARY = Library(
     name="transformers",
     roles=(
+        ("^T5Attention", {"q": "query", "k": "key", "v": "value", "o": "attn_out"}),
+        ("^T5Dense", {"wi": "mlp_in", "wi_0": "mlp_in", "wi_1": "mlp_in", "wo": "mlp_out"}),
         ("Attention", _ATTENTION),
         ("(?i)mlp|ffn|feedforward", _MLP),
         ("SelfOutput|AttentionOutput", {"dense": "attn_out"}),
@@ -50,6 +70,7 @@ LIBRARY = Library(
         "DINOv3ViTLayer": _SCALED,
     },
     blocks=lambda m: type(m).__name__ in ("ViTLayer", "Dinov2Layer", "Dinov2WithRegistersLayer"),
+    presets={"diffusers": _in_text_preset(_PROJECTIONS), "kohya": _in_text_preset(_PROJECTIONS | {"fc1", "fc2"})},
     heads=lambda root: ["classifier"] if isinstance(getattr(root, "classifier", None), nn.Linear) else [],
     example=_example,
     prefix_tokens=lambda root: 1 + getattr(getattr(root, "config", None), "num_register_tokens", 0),

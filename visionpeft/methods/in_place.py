@@ -36,8 +36,11 @@ class InPlace(Method):
         sites = [
             Site(path, name, kind_of(module) or "", "tensor", tuple(getattr(module, name).shape))
             for path, module, name in backbone.named_tensors()
-            if not inside(path, heads) and self.wants(module, name)
+            if not inside(path, heads) and self.wants(module, name) and not backbone.hidden(path)
         ]
+        sites = backbone.in_tower(sites, self.tower)
+        if self.targets is None and self.within is None:
+            sites = backbone.main(sites)
         if not sites:
             raise SiteError(f"{type(self).__name__}: {self.lacking}")
         return choose_among(sites, self.targets or "*", self.within, self.exclude)
@@ -87,6 +90,9 @@ class FullFineTuning(InPlace):
             for path, module, name in backbone.named_tensors(buffers=True)
             if name in module._parameters or isinstance(module, nn.modules.batchnorm._BatchNorm)
         ]
+        sites = backbone.in_tower([site for site in sites if not backbone.hidden(site.path)], self.tower)
+        if self.targets is None and self.within is None:
+            sites = backbone.main(sites)
         return choose_among(sites, self.targets or "*", self.within, self.exclude)
 
 
