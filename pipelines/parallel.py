@@ -3,7 +3,7 @@
 A small model gains little from a second thread, and loses much where the cores are busy: two processes of one thread
 each do more than one of two. A worker ends by itself when its pipe closes, so none outlives a killed sweep.
 
-    parent -> worker   one line of JSON per cell, the fields of its Config
+    parent -> worker   one line of JSON per cell: {"job": name, "config": {...}}
     worker -> parent   lines of JSON: {"progress": [done, all, loss]} and at last {"result": {...}} or {"error": "..."}
 """
 
@@ -20,22 +20,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from visionpeft.pipelines.settings import Config, Result
+from visionpeft.pipelines.settings import OneCell, Result
 
 Progress = Callable[[int, int, float], None]
-Watch = Callable[[int, Config], Progress | None]
+Watch = Callable[[int, Any], Progress | None]
 SECONDS = 0.2
 """Between two lines of progress."""
 
 
-def side_by_side(todo: Sequence[Config], jobs: int, watch: Watch) -> Iterator[tuple[Config, Result | str]]:
+def side_by_side(todo: Sequence[OneCell], jobs: int, watch: Watch) -> Iterator[tuple[OneCell, Result | str]]:
     """Do all cells, `jobs` at a time; yield each with its result or error message as it ends.
 
     Args:
         watch: called in a thread before a cell with (its number, config); gives its progress callback.
     """
-    waiting: queue.SimpleQueue[tuple[int, Config] | None] = queue.SimpleQueue()
-    ended: queue.SimpleQueue[tuple[Config, Result | str]] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[tuple[int, OneCell] | None] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[OneCell, Result | str]] = queue.SimpleQueue()
     for item in [*enumerate(todo), *[None] * jobs]:
         waiting.put(item)
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -66,10 +66,10 @@ def _start(threads: int) -> Any:
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-def _ask(worker: Any, config: Config, progress: Progress | None) -> Result | str | None:
+def _ask(worker: Any, config: OneCell, progress: Progress | None) -> Result | str | None:
     """One cell; None if the worker died."""
     try:
-        print(json.dumps(asdict(config)), file=worker.stdin, flush=True)
+        print(json.dumps({"job": config.job, "config": asdict(config)}), file=worker.stdin, flush=True)
     except BrokenPipeError:
         return None
     for line in worker.stdout:
@@ -88,11 +88,12 @@ def _ask(worker: Any, config: Config, progress: Progress | None) -> Result | str
 
 def serve() -> None:
     """The worker: read cells, do them, tell."""
-    from visionpeft.pipelines.classification import attempt
+    from visionpeft.pipelines.running import attempt, job_of
 
     for line in sys.stdin:
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(line).items()}
-        news = attempt(Config(**fields), _Teller())
+        asked = json.loads(line)
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in asked["config"].items()}
+        news = attempt(job_of(asked["job"]).config(**fields), _Teller())
         _tell({"error": news} if isinstance(news, str) else {"result": asdict(news)})
 
 

@@ -7,10 +7,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 from visionpeft.errors import VisionPEFTError
-from visionpeft.pipelines.cell import Cell
+from visionpeft.pipelines.cell import BaseCell
 from visionpeft.pipelines.methods import literal
 from visionpeft.pipelines.recipes import Plan, override
-from visionpeft.pipelines.settings import Config
+from visionpeft.pipelines.settings import OneCell
 from visionpeft.training import Recipe, runs
 
 
@@ -34,24 +34,25 @@ def grid_points(grid: tuple[str, ...]) -> list[dict[str, Any]]:
     return [dict(point) for point in itertools.product(*axes)]
 
 
-def select(config: Config, plan: Plan, accelerator: Any, progress: Any) -> tuple[Plan, list[dict[str, Any]]]:
+def select(make: type[BaseCell], config: OneCell, plan: Plan, accelerator: Any,
+           progress: Any) -> tuple[Plan, list[dict[str, Any]]]:
     """The plan that does best on val after training on train, and what every point scored; test stays untouched."""
-    tried = []
+    tried, key = [], f"val_{make.measure}"
     for point in grid_points(config.grid):
         folder = config.folder / "grid" / runs.slug(",".join(f"{k}={v}" for k, v in point.items()))
         done = folder / "result.json"
         if not done.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            cell = Cell(config, _with(plan, point), accelerator)
+            cell = make(config, _with(plan, point), accelerator)
             cell.train("train", folder, progress=progress)
-            row = point | {"val_accuracy": cell.score("val")["accuracy"]}
+            row = point | {key: cell.score("val")[make.measure]}
             if accelerator.is_main_process:
                 runs.write_json(done, row)
                 (folder / "checkpoint.pt").unlink(missing_ok=True)
             accelerator.wait_for_everyone()
         tried.append(runs.read_json(done))
-    best = max(tried, key=lambda row: row["val_accuracy"])
-    return _with(plan, {k: v for k, v in best.items() if k != "val_accuracy"}), tried
+    best = max(tried, key=lambda row: row[key])
+    return _with(plan, {k: v for k, v in best.items() if k != key}), tried
 
 
 def _with(plan: Plan, point: dict[str, Any]) -> Plan:

@@ -1,22 +1,25 @@
-"""What a classification run is asked for, and what it gives back."""
+"""What a run is asked for, and what it gives back: the part that all jobs share, and that of classification."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from visionpeft.pipelines.backbone import Backbone
 from visionpeft.training import Recipe, runs
 
 BASELINES = ("raw", "scratch")
-"""Rows that adapt nothing: logistic regression on the pixels, and the same architecture trained from random weights."""
+"""Rows that adapt nothing: what the pixels give away without a network, and training from random weights."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the cells of a sweep have in common. None means: as the preset of the data, or the default recipe, says."""
+class Common:
+    """What the cells of any sweep share. None means: as the preset of the data, or the default recipe, says."""
+
+    job: ClassVar[str]
+    """Module of visionpeft.pipelines that does the work."""
 
     model: str = "nano_vit"
     """nano_vit, or any timm name."""
@@ -25,12 +28,8 @@ class Settings:
     img_size: int | None = None
     """Side of the images in pixels, for models that can take several."""
     data: str = "bundled"
-    """bundled, digits, fashion-mnist, vtab, vtab:TASK, fgvc:SET, fewshot:SET, torchvision:NAME, folder:PATH, csv:PATH
-    or npz:PATH; an ending ?train=1000&test=2000 draws a fixed subset."""
     root: str | None = None
     """Folder that holds the data sets."""
-    shots: int | None = None
-    """Images per class of a few-shot list."""
     protocol: str | None = None
     """Preprocessing: checkpoint, vtab-imagenet, vtab-half or vtab-raw."""
     out: str = "runs"
@@ -43,10 +42,7 @@ class Settings:
     warmup_epochs: int | None = None
     drop_path: float | None = None
     label_smoothing: float | None = None
-    mixup: float | None = None
-    cutmix: float | None = None
     augment: str | None = None
-    """flip, crop, resized_crop or randaugment."""
     class_weights: bool | None = None
     drop_last: bool | None = None
     ema: float | None = None
@@ -81,8 +77,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """One cell."""
+class OneCell(Common):
+    """One method, one seed."""
 
     method: str = "lora"
     """A method with its settings, such as lora:rank=4; or raw, or scratch."""
@@ -100,17 +96,45 @@ class Config(Settings):
 
 
 @dataclass(frozen=True)
-class Sweep(Settings):
-    """Cells over tasks, methods and seeds."""
+class ManyCells(Common):
+    """Methods and seeds."""
 
     method: tuple[str, ...] = ("raw", "scratch", "linear", "ssf", "lora", "full")
     """Methods, each with its settings, such as ssf "lora:rank=8,targets=query value" linear full; also raw, scratch."""
     seeds: tuple[int, ...] = (0,)
-    tasks: tuple[str, ...] = ("all",)
-    """Tasks of a family of data sets such as vtab."""
     jobs: int | None = None
     """Cells at a time, each with its share of the cores. On the command line None is one per core (at most eight) for
     the bundled model, which gains nothing from more threads, and otherwise one."""
+
+
+@dataclass(frozen=True)
+class Settings(Common):
+    """What classification takes besides."""
+
+    job: ClassVar[str] = "classification"
+
+    data: str = "bundled"
+    """bundled, digits, fashion-mnist, vtab, vtab:TASK, fgvc:SET, fewshot:SET, torchvision:NAME, folder:PATH, csv:PATH
+    or npz:PATH; an ending ?train=1000&test=2000 draws a fixed subset."""
+    shots: int | None = None
+    """Images per class of a few-shot list."""
+    mixup: float | None = None
+    cutmix: float | None = None
+    augment: str | None = None
+    """flip, crop, resized_crop or randaugment."""
+
+
+@dataclass(frozen=True)
+class Config(OneCell, Settings):
+    """One cell of classification."""
+
+
+@dataclass(frozen=True)
+class Sweep(ManyCells, Settings):
+    """Cells over tasks, methods and seeds."""
+
+    tasks: tuple[str, ...] = ("all",)
+    """Tasks of a family of data sets such as vtab."""
 
 
 @dataclass
@@ -122,15 +146,19 @@ class Result:
     method: str
     seed: int
     accuracy: float = 0.0
-    """Test top-1 of the last epoch, a fraction; mean average precision for multi-label data."""
+    """The main score on the test set after the last epoch, a fraction; `measure` says which."""
+    measure: str = "accuracy"
+    """accuracy (top-1, or mean average precision for multi-label data), or mIoU."""
     metrics: dict[str, float] = field(default_factory=dict)
     """All scores and the last losses; the same to the last bit when a killed run was resumed on a CPU."""
     adapter_parameters: int | None = None
-    """Scalars of the adapters, without the classifier; all of the base for full fine-tuning."""
+    """Scalars of the adapters, without classifier or decoder; all of the base for full fine-tuning."""
     trained_parameters: int | None = None
     """All scalars that learnt."""
     file_bytes: int | None = None
     seconds_per_step: float | None = None
+    seconds_waiting: float | None = None
+    """Of a step, waiting for data: median over steps."""
     peak_memory: int | None = None
     """Bytes during training: of the device, on a CPU of the whole process."""
     seconds: float = 0.0
@@ -138,12 +166,12 @@ class Result:
     test_images: int = 0
     classes: list[str] = field(default_factory=list)
     correct: str = ""
-    """Which test images were classified right, "1", or wrong, "0"; empty for multi-label data."""
+    """Which test images were classified right, "1", or wrong, "0"; empty where an image has no single class."""
     confusion: list[list[int]] | None = None
-    """Counts on the test set, rows the true class; None for multi-label data and for more than 100 classes."""
+    """Counts of test images or pixels, rows the true class; None for multi-label data and for more than 100 classes."""
     recipe: dict[str, Any] = field(default_factory=dict)
     selection: list[dict[str, Any]] = field(default_factory=list)
-    """Grid points and their accuracy on the validation split."""
+    """Grid points and their score on the validation split."""
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     folder: str = ""

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from visionpeft.errors import DataError
-from visionpeft.pipelines import classification
+from visionpeft.pipelines import running
 from visionpeft.pipelines.classification import Config, Settings, Sweep, cells, sweep
 from visionpeft.pipelines.methods import MethodError
 
@@ -34,7 +34,7 @@ def test_tasks_then_methods_then_seeds() -> None:
 
 
 def test_mistakes_are_told_before_any_work(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classification, "run", None)
+    monkeypatch.setattr(running, "run", None)
     with pytest.raises(MethodError):
         sweep(plan(config, method=("linear", "lorra")))
     with pytest.raises(DataError):

@@ -8,7 +8,7 @@ import pytest
 
 from visionpeft.pipelines.classification import Outcome, vtab_table
 from visionpeft.pipelines.settings import Result
-from visionpeft.report.classification import sweep_report
+from visionpeft.report.cells import sweep_report
 from visionpeft.report.table import summarise
 
 pytest.importorskip("matplotlib")

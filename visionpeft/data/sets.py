@@ -133,10 +133,11 @@ class ImageSet(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def join(first: ImageSet, second: ImageSet) -> ImageSet:
     """Both sets, one after the other."""
+    labels = np.concatenate([first.labels, second.labels])
     if first.source is second.source:
         stored = np.concatenate([_stored_indices(first), _stored_indices(second)])
-        return ImageSet(first.source, np.concatenate([first.labels, second.labels]), first.transform, stored)
-    return ImageSet(_Joined(first, second), np.concatenate([first.labels, second.labels]), first.transform)
+        return replace(first, labels=labels, indices=stored)
+    return replace(first, source=_Joined(first, second), labels=labels, indices=None)
 
 
 def _stored_indices(images: ImageSet) -> np.ndarray:

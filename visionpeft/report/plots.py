@@ -51,7 +51,10 @@ def bars(names: Sequence[str], values: Sequence[float], errors: Sequence[float],
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str]) -> str:
-    """Confusion matrix [C, C] (rows true) as SVG, each row scaled to its number of images; names up to 40 classes."""
+    """Confusion matrix [C, C] (rows true) as SVG, each row scaled to its sum; names up to 40 classes.
+
+    Up to 15 classes also numbers: counts, or per cent of the row where these are long.
+    """
     figure, axes = _figure(*(2 * [min(8.0, 3.0 + 0.25 * len(classes))]))
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -63,7 +66,8 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> str:
         axes.set_yticks(range(len(classes)), classes)
     if len(classes) <= 15:
         for (row, column), value in np.ndenumerate(matrix):
-            axes.text(column, row, int(value), ha="center", va="center", fontsize=7,
+            text = int(value) if matrix.max() < 10_000 else f"{100 * share[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7,
                       color="white" if share[row, column] > 0.5 else "black")
     return _svg(figure)
 

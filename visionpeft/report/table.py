@@ -29,7 +29,7 @@ class Row:
     method: str
     seeds: int
     accuracy: float
-    """Mean over seeds, a fraction."""
+    """The main score: mean over seeds, a fraction."""
     deviation: float | None
     """Sample standard deviation over seeds; None for a single seed."""
     adapter_parameters: int | None
@@ -38,7 +38,9 @@ class Row:
     seconds_per_step: float | None
     peak_memory: int | None
     best_test_epoch_accuracy: float | None
-    """Mean of the best test accuracies over epochs: not comparable with `accuracy`."""
+    """Mean of the best test scores over epochs: not comparable with `accuracy`."""
+    measure: str = "accuracy"
+    """What `accuracy` is."""
 
 
 def summarise(results: Iterable[Any]) -> list[Row]:
@@ -51,14 +53,15 @@ def summarise(results: Iterable[Any]) -> list[Row]:
 
 def _row(group: list[Any]) -> Row:
     first, accuracies = group[0], [r.accuracy for r in group]
-    best = [r.metrics["best_test_epoch_accuracy"] for r in group if "best_test_epoch_accuracy" in r.metrics]
+    key = f"best_test_epoch_{first.measure}"
+    best = [r.metrics[key] for r in group if key in r.metrics]
     steps = [r.seconds_per_step for r in group if r.seconds_per_step is not None]
     memory = [r.peak_memory for r in group if r.peak_memory is not None]
     return Row(
         first.data, first.model, first.method, len(group), statistics.mean(accuracies),
         statistics.stdev(accuracies) if len(group) > 1 else None, first.adapter_parameters, first.trained_parameters,
         first.file_bytes, statistics.median(steps) if steps else None, max(memory) if memory else None,
-        statistics.mean(best) if best else None)
+        statistics.mean(best) if best else None, first.measure)
 
 
 def cells(row: Row) -> list[str]:
@@ -77,8 +80,13 @@ def shown(rows: Sequence[Row]) -> tuple[str, list[str], list[list[str]]]:
     body = [cells(row) for row in rows]
     same = [i for i in range(2) if len({line[i] for line in body}) == 1]
     keep = [i for i in range(len(COLUMNS)) if i not in same]
-    head = [name for i, name in enumerate(COLUMNS.values()) if i in keep]
+    head = [name for i, name in enumerate(_head(rows)) if i in keep]
     return ", ".join(body[0][i] for i in same) if body else "", head, [[line[i] for i in keep] for line in body]
+
+
+def _head(rows: Sequence[Row]) -> list[str]:
+    """Column names, the score by its own."""
+    return [rows[0].measure if rows and key == "accuracy" else name for key, name in COLUMNS.items()]
 
 
 def count(value: int | None) -> str:
@@ -88,7 +96,7 @@ def count(value: int | None) -> str:
 
 def markdown(rows: list[Row]) -> str:
     """The table for a Markdown file."""
-    lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *map(cells, rows)]
+    lines = [_head(rows), ["---"] * len(COLUMNS), *map(cells, rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

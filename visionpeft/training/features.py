@@ -65,11 +65,12 @@ def compute(model: nn.Module, head: nn.Module, feed: Feed, accelerator: Any, bat
     was_training = model.training
     model.eval()
     pieces = [list(range(i, min(i + batch, len(feed)))) for i in range(0, len(feed), batch)]
-    parts = []
+    parts, targets = [], []
     try:
-        for inputs, _ in feed.batches(pieces, 0, 0):
+        for inputs, labels in feed.batches(pieces, 0, 0):
+            targets.append(labels)
             with accelerator.autocast():
                 parts.append(_tap(model, head, inputs.to(accelerator.device))[0].cpu())
     finally:
         model.train(was_training)
-    return TensorFeed(torch.cat(parts), feed.targets, getattr(feed, "images", None))
+    return TensorFeed(torch.cat(parts), torch.cat(targets), getattr(feed, "images", None))

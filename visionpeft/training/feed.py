@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -21,12 +20,10 @@ MEMORY_LIMIT = 1 * 2**30
 class Feed(Protocol):
     """Gives batches of given indices."""
 
-    targets: Tensor
-
     def __len__(self) -> int: ...
 
     def batches(self, pieces: Sequence[list[int]], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (inputs [B, ...], targets [B] or [B, C]) for each list of indices, in order."""
+        """Yield (inputs [B, ...], targets [B], [B, C] or [B, H, W]) for each list of indices, in order."""
         ...
 
     def name(self, index: int) -> str:
@@ -53,7 +50,7 @@ class TensorFeed:
 
 
 class _Seeded(Dataset):
-    """An image set whose random augmentation of image i is a function of (seed, epoch, i)."""
+    """An image set whose random augmentation of item i is a function of (seed, epoch, i)."""
 
     def __init__(self, images: Any, seed: int, epoch: int) -> None:
         self.images, self.seed, self.epoch = images, seed, epoch
@@ -61,9 +58,9 @@ class _Seeded(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         seed_all(self.seed, self.epoch, index)
-        return self.images[index][0]
+        return self.images[index]
 
 
 class LoaderFeed:
@@ -71,7 +68,6 @@ class LoaderFeed:
 
     def __init__(self, images: Any, workers: int | None = None) -> None:
         self.images = images
-        self.targets = torch.from_numpy(np.asarray(images.labels))
         self.workers = min(4, os.cpu_count() or 1) if workers is None else workers
 
     def __len__(self) -> int:
@@ -81,8 +77,7 @@ class LoaderFeed:
         loader: DataLoader = DataLoader(
             _Seeded(self.images, seed, epoch), batch_sampler=list(pieces), num_workers=self.workers)
         try:
-            for piece, inputs in zip(pieces, loader, strict=True):
-                yield inputs, self.targets[torch.tensor(piece, dtype=torch.long)]
+            yield from loader
         except DataError as error:
             raise DataError(_own_words(str(error))) from error
 
@@ -109,15 +104,20 @@ def make_feed(images: Any, random: bool, workers: int | None = None, limit: int 
     loader = LoaderFeed(images, workers)
     if random or not len(images):
         return loader
-    first = images[0][0]
-    if first.numel() * first.element_size() * len(images) > limit:
+    if sum(_bytes(part) for part in images[0]) * len(images) > limit:
         return loader
-    return TensorFeed(decode(loader), loader.targets, images)
+    return TensorFeed(*decode(loader), images)
 
 
-def decode(loader: LoaderFeed, batch: int = 64) -> Tensor:
-    """All images of `loader` as one tensor [N, C, H, W]."""
+def _bytes(part: Any) -> int:
+    """Of an image or mask; a label has next to none."""
+    return part.nbytes if isinstance(part, Tensor) else 0
+
+
+def decode(loader: LoaderFeed, batch: int = 64) -> tuple[Tensor, Tensor]:
+    """All images of `loader` as one tensor [N, C, H, W], all targets as another."""
     pieces = [list(range(i, min(i + batch, len(loader)))) for i in range(0, len(loader), batch)]
     # Starting worker processes costs more than decoding a few hundred small images.
     source = loader if len(loader) > 512 else LoaderFeed(loader.images, workers=0)
-    return torch.cat([inputs for inputs, _ in source.batches(pieces, 0, 0)])
+    inputs, targets = zip(*source.batches(pieces, 0, 0), strict=True)
+    return torch.cat(inputs), torch.cat(targets)

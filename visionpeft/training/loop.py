@@ -37,6 +37,8 @@ class History:
     """One per epoch: epoch, lr, train_loss, train_accuracy and whatever `evaluate` gave."""
     seconds_per_step: float = 0.0
     """Median wall time of an update in this process, data included."""
+    seconds_waiting: float = 0.0
+    """Median part of it that was spent waiting for data."""
     steps: int = 0
     resumed_at: int = 0
     """Updates that had been done before this process took over."""
@@ -93,6 +95,7 @@ class _Run:
         self.loss_sum = self.correct = 0.0
         self.seen = self.start_epoch = self.start_update = 0
         self.times: list[float] = []
+        self.waits: list[float] = []
         self._resume()
         self.saved_at = time.monotonic()
 
@@ -132,14 +135,17 @@ class _Run:
             self.scheduler.step(epoch)
         # After a kill the same update draws the same dropout and drop-path.
         seed_all(self.seed, step, self.accelerator.process_index, 1)
-        total = 0.0
+        total = waited = 0.0
         pieces = update.pieces or [[]]
         for index, piece in enumerate(pieces):
+            begin = time.perf_counter()
             inputs, targets = next(batches)
+            waited += time.perf_counter() - begin
             last = index == len(pieces) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 total += self._backward(inputs, targets, piece, update.size, (epoch, number))
         self._step(step)
+        self.waits.append(waited)
         return total / max(update.share, 1)
 
     def _backward(self, inputs: Tensor, targets: Tensor, piece: list[int], size: int, at: tuple[int, int]) -> float:
@@ -163,8 +169,8 @@ class _Run:
     def _count(self, value: float, logits: Tensor, targets: Tensor, images: int) -> None:
         self.loss_sum += value
         self.seen += images
-        if targets.ndim == 1 and images:
-            self.correct += float((logits.argmax(1) == targets).sum())
+        if images:
+            self.correct += _correct(logits, targets)
 
     def _diverged(self, value: float, piece: list[int], at: tuple[int, int]) -> str:
         names = ", ".join(self.feed.name(i) for i in piece[:4])
@@ -188,7 +194,7 @@ class _Run:
             sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").cpu()
         loss, correct, seen = sums.tolist()
         row = {"epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "train_loss": loss / seen}
-        if self.feed.targets.ndim == 1 and self.mixup is None:
+        if not math.isnan(correct) and self.mixup is None:
             row["train_accuracy"] = correct / seen
         self.history.rows.append(row | extra)
         self.accelerator.log({k: v for k, v in (row | extra).items() if k != "epoch"}, step=epoch + 1)
@@ -250,4 +256,19 @@ class _Run:
             self.model.load_state_dict(self.ema.module.state_dict())
         self.history.steps = self.recipe.epochs * self.per_epoch
         self.history.seconds_per_step = statistics.median(self.times) if self.times else 0.0
+        self.history.seconds_waiting = statistics.median(self.waits) if self.waits else 0.0
         return self.history
+
+
+def _correct(logits: Tensor, targets: Tensor) -> float:
+    """Sum over images of 1 or 0, for masks of the share of right pixels among those with a class; NaN for multi-label.
+
+    Args:
+        logits: [B, C] or [B, C, H, W].
+        targets: int64 [B] or [B, H, W], where negative and too large numbers are no class.
+    """
+    if targets.ndim == logits.ndim:
+        return math.nan
+    right = (logits.argmax(1) == targets).view(len(targets), -1)
+    known = ((targets >= 0) & (targets < logits.shape[1])).view(len(targets), -1)
+    return float((right.sum(1) / known.sum(1).clamp(min=1)).sum())
