@@ -1,0 +1,32 @@
+"""Numbers of parameters of the visual adapters on ViT-B/16, as in the papers; other backbones by closed formulas."""
+
+from __future__ import annotations
+
+import pytest
+from test_counts import count
+
+from visionpeft import methods as M
+
+timm = pytest.importorskip("timm")
+
+BASE = {  # ViT-B/16, without head
+    **{f"fact_tt {r}": (M.FacTTT(rank=r), n) for r, n in {4: 8_448, 8: 21_504, 16: 61_440, 32: 196_608}.items()},
+    **{f"fact_tk {r}": (M.FacTTK(rank=r), n) for r, n in {4: 6_784, 8: 13_952, 16: 30_976, 32: 86_528}.items()},
+}
+
+LARGE = {  # D = 1024, L = 24
+    "fact_tt": (M.FacTTT(rank=8), 2 * 1024 * 8 + 12 * 24 * 64),
+    "fact_tk": (M.FacTTK(rank=8), 2 * 1024 * 8 + 8**3 + 12 * 24 * 8),
+}
+
+
+@pytest.mark.parametrize("label", BASE)
+def test_vit_base(label):
+    method, expected = BASE[label]
+    assert count(method) == expected
+
+
+@pytest.mark.parametrize("label", LARGE)
+def test_vit_large(label):
+    method, expected = LARGE[label]
+    assert count(method, "vit_large_patch16_224") == expected
