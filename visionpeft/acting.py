@@ -40,15 +40,24 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, adapters: Sequence[Adapter], 
 
     x (..., in), w (out, in), b (out) or None -> (..., out).
     """
+    for i in reversed(range(len(adapters))):
+        if adapters[i].overrides("enter"):  # those before it act on what it gives
+            y = linear(_blend(x, adapters[i].enter(x), adapters[i].strength), w, b, adapters[:i], fused, start)
+            return _add(x, y, adapters[i + 1 :], w.shape[0], start)
     parts: list[lowrank.Part] = []
     rest = list(adapters)
     while rest and (found := _part(rest[0], w.shape[0], start)) is not None:
         parts.append(found)
         rest.pop(0)
     y = lowrank.linear(x, w, b, parts, plain=not fused) if parts else nn.functional.linear(x, w, b)
-    for adapter in rest:
-        if (found := _part(adapter, w.shape[0], start)) is not None:
-            y = y + lowrank.delta(x, found, w.shape[0], y.dtype)
+    return _add(x, y, rest, w.shape[0], start)
+
+
+def _add(x: Tensor, y: Tensor, adapters: Sequence[Adapter], out: int, start: int) -> Tensor:
+    """The output y with adapters on it, one after the other."""
+    for adapter in adapters:
+        if (found := _part(adapter, out, start)) is not None:
+            y = y + lowrank.delta(x, found, out, y.dtype)
         else:
             y = on_rows(adapter, x, y, start)
     return y
@@ -141,9 +150,10 @@ class TapSite(Mixin):
     layer = 3
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = super().forward(*args, **kwargs)  # type: ignore[misc]
         if self.peft.tap is not None:
-            self.peft.tap.x = _first(args, kwargs)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+            self.peft.tap.x, self.peft.tap.y = _first(args, kwargs), y
+        return y
 
 
 class BranchSite(Mixin):
@@ -157,7 +167,7 @@ class BranchSite(Mixin):
             tap: Tap = adapter.tap  # type: ignore[assignment]
             if tap.x is None:
                 raise SiteError(f"{adapter.label}: the branch ended before it began; was its first module replaced?")
-            y = _blend(y, adapter(tap.x, y), adapter.strength)
+            y = _blend(y, adapter(tap.y if adapter.normed else tap.x, y), adapter.strength)
         return y
 
 
@@ -177,4 +187,4 @@ class BlockSite(Mixin):
             return y
         finally:
             for tap in self.peft.taps:
-                tap.x = None
+                tap.x = tap.y = None

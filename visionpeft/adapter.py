@@ -6,12 +6,15 @@ An *adapter* is the small module at one site. It overrides what it can do, and t
     low_rank() -> (A, B, scale)      delta of a Linear's rows, W + scale * B A; merges, and takes the fused path
     weight(w, b) -> (w', b')         the weight and bias of the site, adapted; merges
     forward(x, y) -> y'              input and output of the site; merges only if `weight` says the same
+    enter(x) -> x'                   what goes into a Linear, adapters before it included; merges if `weight` says so
     before(x) -> x', after(y) -> y'  what goes into a whole block and what comes out of it (prompts)
+
+Factors that several adapters use are one more adapter, a `Shared`, registered once at the root.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,6 +46,7 @@ class Adapter(Forgiving):
         strength: how much of the adapter acts, a plain float; 1 is as trained, 0 is not at all.
         rows: rows (lo, hi) of the site's weight that are adapted, None for all.
         on_weight: act through `weight` even where the output is at hand.
+        normed: on a residual branch, be given what its first norm gives and not the residual stream.
         label: path and part of the site, for messages.
     """
 
@@ -51,6 +55,7 @@ class Adapter(Forgiving):
     label: str = ""
     place: str = ""  # part or role of the site, where one module is host to several
     tap: Any = None  # input of the residual branch, set by the binding
+    normed: bool = False
 
     @property
     def on_weight(self) -> bool:
@@ -72,6 +77,10 @@ class Adapter(Forgiving):
         """Adapted output, given the input x and the output y of the site (of the adapted rows)."""
         raise SiteError(f"{type(self).__name__} at {self.label} does not act on an output")
 
+    def enter(self, x: Tensor) -> Tensor:
+        """What a Linear is given instead of x (..., in)."""
+        return x
+
     def before(self, x: Tensor) -> Tensor:
         """What a whole block is given instead of its tokens x (B, N, D)."""
         return x
@@ -80,10 +89,40 @@ class Adapter(Forgiving):
         """What stands for the tokens y (B, N', D) that the block gives."""
         return y
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What an adapter file holds of this adapter."""
+        return dict(self.state_dict(keep_vars=True))
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `file_tensors` gave."""
+        for name, value in self.state_dict(keep_vars=True).items():
+            value.copy_(tensors[name])
+
     @classmethod
     def overrides(cls, name: str) -> bool:
         """Whether this kind of adapter says what `name` (forward, weight, ...) does."""
         return getattr(cls, name) is not getattr(Adapter, name)
+
+
+class Shared(Adapter):
+    """Factors that the adapters at several sites use: registered once, at the root, and written once.
+
+    `Method.adapters` puts it under `Shared.site(name)`; those that use it keep it by `refer`, unregistered.
+    """
+
+    @staticmethod
+    def site(name: str, component: str = "") -> Site:
+        """Where it is registered: the root of a component of the model."""
+        from visionpeft.sites import Site
+
+        return Site(component, name, kind="shared")
+
+    def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return w, b  # merged with the adapters that use it
+
+    def refer(self, adapter: Adapter) -> None:
+        """Let an adapter see this as its `shared` without owning it."""
+        object.__setattr__(adapter, "shared", self)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from visionpeft.activation import LEARNT, Learnt, Registry
 from visionpeft.adapter import Adapter, Method
 from visionpeft.errors import SiteError, VisionPEFTError
 from visionpeft.methods import METHODS
-from visionpeft.sites import Backbone, Site
+from visionpeft.sites import Backbone, Site, kind_of
 from visionpeft.tuner import Tuner
 
 
@@ -213,7 +213,7 @@ def _place(tuner: Tuner, site: Site, adapter: Adapter) -> None:
         raise SiteError(
             f"{site}: the weight is computed from others (parametrize, weight_norm), so no adapter can be lent"
         )
-    held = _dress(tuner, host, _mixin(site, host))
+    held = _dress(tuner, host, *([] if site.kind == "shared" else [_mixin(site, host)]))
     box = held._modules.setdefault(tuner.name, nn.ModuleDict())
     assert isinstance(box, nn.ModuleDict)
     box._modules[site.place] = adapter
@@ -247,6 +247,7 @@ def _tap(tuner: Tuner, site: Site, adapter: Adapter) -> None:
     first = _dress(tuner, tuner.backbone.module(site.ends[0]), acting.TapSite)
     first.tap = first.tap or binding.Tap()
     adapter.tap = first.tap
+    adapter.normed = adapter.normed and kind_of(tuner.backbone.module(site.ends[0])) == "norm"
     block = _dress(tuner, tuner.backbone.module(site.path), acting.BlockSite)
     block.taps = tuple(dict.fromkeys((*block.taps, first.tap)))
 

@@ -28,9 +28,10 @@ _fired: set[int] | None = None  # ids of the adapters consulted, while a probe l
 
 
 class Tap:
-    """The input of a residual branch, kept from its first module until its last."""
+    """Input x and output y of the first module of a residual branch, kept until its last."""
 
     x: Tensor | None = None
+    y: Tensor | None = None
 
 
 class Holder(nn.Module):

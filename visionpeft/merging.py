@@ -58,6 +58,8 @@ def merge(tuner: Tuner) -> None:
 def _merged_tensors(tuner: Tuner) -> dict[tuple[nn.Module, str], Tensor | None]:
     tensors: dict[tuple[nn.Module, str], Tensor | None] = {}
     for site, adapter in tuner.adapters.items():
+        if site.kind == "shared":
+            continue  # in what its users write
         if not adapter.overrides("weight"):
             adapter.weight(torch.empty(0), None)  # says why not
         _check_alone(tuner, site)

@@ -96,6 +96,7 @@ def _cut_off(tuner: Tuner, example: Sequence[Any]) -> list[Site]:
     roots = [t.float().sum() for t in _tensors(out) if t.requires_grad and t.is_floating_point()]
     grads = torch.autograd.grad(roots, params, allow_unused=True) if roots and params else ()
     reached = {id(p) for p, g in zip(params, grads, strict=False) if g is not None}
+    fired |= {id(adapter) for site, adapter in tuner.adapters.items() if site.kind == "shared"}  # never asked itself
     return [
         site
         for site, ps in owned.items()
@@ -107,7 +108,7 @@ def _unasked(tuner: Tuner, example: Sequence[Any]) -> list[Site]:
     """Sites whose adapter is not consulted in eval without gradients, where fast paths may skip it."""
     _train(tuner, False)
     fired, _ = _watch(tuner, example, grad=False)
-    return [site for site, adapter in tuner.adapters.items() if id(adapter) not in fired]
+    return [s for s, adapter in tuner.adapters.items() if s.kind != "shared" and id(adapter) not in fired]
 
 
 def _watch(tuner: Tuner, example: Sequence[Any], grad: bool) -> tuple[set[int], Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visionpeft import attaching, backbones
 from visionpeft.adapter import Adapter
@@ -80,9 +80,8 @@ def save(tuner: Tuner, path: str | Path, metadata: dict[str, Any]) -> None:
     _write(Path(path), safetensors.torch.save(tensors, {"visionpeft": text}))
 
 
-def _site_entry(site: Site, adapter: nn.Module, enter: Any) -> dict[str, Any]:
-    own = adapter.state_dict(keep_vars=True)
-    names = {name: enter(f"{site}.{name}", value) for name, value in own.items()}
+def _site_entry(site: Site, adapter: Adapter, enter: Any) -> dict[str, Any]:
+    names = {name: enter(f"{site}.{name}", value) for name, value in adapter.file_tensors().items()}
     return {"path": site.path, "part": site.part, "kind": site.kind, "shape": list(site.shape), "tensors": names}
 
 
@@ -228,6 +227,8 @@ def _sites(header: dict[str, Any], backbone: Backbone, path: str | Path) -> list
     here = {(s.path, s.part, s.kind): s for s in backbone.sites()}
     found, wrong = [], []
     for entry in header["sites"]:
+        if entry["kind"] == "shared":
+            continue  # made by the method for its sites
         site = here.get((entry["path"], entry["part"], entry["kind"]))
         label = entry["path"] + (f":{entry['part']}" if entry["part"] else "")
         shape = "x".join(map(str, entry["shape"]))
@@ -261,7 +262,7 @@ def _check_tensors(keys: list[tuple[str, str]], backbone: Backbone, path: str | 
 @torch.no_grad()
 def _fill(built: dict[Site, Any], header: dict[str, Any], tensors: dict[str, Tensor], path: str | Path) -> None:
     for (site, adapter), entry in zip(built.items(), header["sites"], strict=True):
-        own = adapter.state_dict(keep_vars=True)
+        own = adapter.file_tensors()
         if set(own) != set(entry["tensors"]):
             raise AdapterFileError(f"{path}: {site} has {sorted(entry['tensors'])}, expected {sorted(own)}")
         for name, value in own.items():
@@ -269,5 +270,5 @@ def _fill(built: dict[Site, Any], header: dict[str, Any], tensors: dict[str, Ten
             if source is None or source.shape != value.shape:
                 got = "nothing" if source is None else tuple(source.shape)
                 raise AdapterFileError(f"{path}: {site}.{name} is {got}, expected {tuple(value.shape)}")
-            if not value.is_meta:
-                value.copy_(source)
+        if not any(value.is_meta for value in own.values()):
+            adapter.fill({name: tensors[key] for name, key in entry["tensors"].items()})

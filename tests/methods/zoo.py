@@ -110,6 +110,12 @@ NEEDS: dict[str, tuple[set[str], ...]] = {
     "houlsby": ({"attention"}, {"mlp"}),
 }
 
+# Methods that act in the same way as others run on a plain ViT and on those where they act in yet another way.
+ONLY: dict[str, tuple[str, ...]] = {
+    "fact_tt": ("vit", "swinv2", "encoder"),
+    "fact_tk": ("vit", "convnext"),
+}
+
 # Hyper-parameters that fit the tiny widths; whatever is not named here keeps its default.
 SMALL: dict[str, Any] = {"rank": 2, "hidden": 4, "tokens": 3, "dropout": 0.0}
 
@@ -143,7 +149,7 @@ def acts(method: str, backbone: str) -> bool:
 
 
 ALL = [Case(method, backbone) for method in vp.METHODS for backbone in MAKERS]
-CASES = [case for case in ALL if acts(*case)]
+CASES = [case for case in ALL if acts(*case) and case.backbone in ONLY.get(case.method, MAKERS)]
 REFUSED = [case for case in ALL if not acts(*case)]
 
 

@@ -2,6 +2,7 @@
 
 from visionpeft.adapter import Method
 from visionpeft.methods.bottleneck import AdaptFormer, Houlsby, Pfeiffer
+from visionpeft.methods.fact import FacTTK, FacTTT
 from visionpeft.methods.in_place import BitFit, FullFineTuning, LinearProbe, LNTuning
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.ssf import SSF
@@ -18,6 +19,8 @@ METHODS: dict[str, type[Method]] = {
         Houlsby,
         Pfeiffer,
         VPT,
+        FacTTT,
+        FacTTK,
         LinearProbe,
         FullFineTuning,
     )
