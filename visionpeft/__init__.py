@@ -9,6 +9,7 @@ from visionpeft.attaching import attach
 from visionpeft.errors import DeadAdapterError, VisionPEFTError
 from visionpeft.methods import METHODS
 from visionpeft.methods.bottleneck import AdaptFormer
+from visionpeft.methods.krona import KronA
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.ssf import SSF
 from visionpeft.sites import Site, inspect
@@ -22,6 +23,7 @@ __all__ = [
     "AdaptFormer",
     "DeadAdapterError",
     "LoRA",
+    "KronA",
     "Site",
     "Tuner",
     "VisionPEFTError",

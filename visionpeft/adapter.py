@@ -54,6 +54,7 @@ class Adapter(Forgiving):
     rows: tuple[int, int] | None = None
     label: str = ""
     place: str = ""  # part or role of the site, where one module is host to several
+    fused: bool = True  # False: plain torch, see `Tuner.fused`
     tap: Any = None  # input of the residual branch, set by the binding
     normed: bool = False
 

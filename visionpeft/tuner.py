@@ -157,6 +157,9 @@ class Tuner:
     def fused(self, value: bool) -> None:
         for held in self._holders():
             held.fused = value
+            for module in held.modules():
+                if isinstance(module, Adapter):
+                    module.fused = value
 
     def _holders(self) -> Iterator[binding.Holder]:
         for root in self.backbone.roots.values():

@@ -117,7 +117,7 @@ ONLY: dict[str, tuple[str, ...]] = {
 }
 
 # Hyper-parameters that fit the tiny widths; whatever is not named here keeps its default.
-SMALL: dict[str, Any] = {"rank": 2, "hidden": 4, "tokens": 3, "dropout": 0.0}
+SMALL: dict[str, Any] = {"rank": 2, "hidden": 4, "tokens": 3, "dropout": 0.0, "a1": 2, "a2": 4}
 
 # torch's attention is replaced by another one of the same formula: equal to tolerance, not to the bit.
 INEXACT = ("encoder", "clip")

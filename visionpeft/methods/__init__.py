@@ -5,6 +5,7 @@ from visionpeft.methods.bottleneck import AdaptFormer, Houlsby, Pfeiffer
 from visionpeft.methods.fact import FacTTK, FacTTT
 from visionpeft.methods.in_place import BitFit, FullFineTuning, LinearProbe, LNTuning
 from visionpeft.methods.lora import LoRA
+from visionpeft.methods.krona import KronA
 from visionpeft.methods.ssf import SSF
 from visionpeft.methods.vpt import VPT
 
@@ -27,3 +28,5 @@ METHODS: dict[str, type[Method]] = {
 }
 
 __all__ = ["METHODS", *sorted(method.__name__ for method in METHODS.values())]
+        KronA,
+        PointGST,
