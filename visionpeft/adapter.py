@@ -4,6 +4,7 @@ A *method* is a frozen dataclass of hyper-parameters: it says which sites it ada
 An *adapter* is the small module at one site. It overrides what it can do, and the binding asks for no more:
 
     low_rank() -> (A, B, scale)      delta of a Linear's rows, W + scale * B A; merges, and takes the fused path
+    scale_shift() -> (gamma, beta, source)   gamma * z + beta on the output z of a Linear; takes the fused path
     weight(w, b) -> (w', b')         the weight and bias of the site, adapted; merges
     forward(x, y) -> y'              input and output of the site; merges only if `weight` says the same
     enter(x) -> x'                   what goes into a Linear, adapters before it included; merges if `weight` says so
@@ -53,8 +54,8 @@ class Adapter(Forgiving):
     strength: float = 1.0
     rows: tuple[int, int] | None = None
     label: str = ""
-    place: str = ""  # part or role of the site, where one module is host to several
     fused: bool = True  # False: plain torch, see `Tuner.fused`
+    place: str = ""  # part or role of the site, where one module is host to several
     tap: Any = None  # input of the residual branch, set by the binding
     normed: bool = False
 
@@ -64,6 +65,10 @@ class Adapter(Forgiving):
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """A (r, in), B (out, r) and the scale of the delta scale * B A, or None if there is no such form now."""
+        return None
+
+    def scale_shift(self) -> tuple[Tensor, Tensor, str] | None:
+        """gamma (out), beta (out) and the source of `lowrank.Rescale`, or None if that is not what this does."""
         return None
 
     def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -77,6 +82,10 @@ class Adapter(Forgiving):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Adapted output, given the input x and the output y of the site (of the adapted rows)."""
         raise SiteError(f"{type(self).__name__} at {self.label} does not act on an output")
+
+    def arguments(self, x: Any, *rest: Any) -> tuple[Any, ...]:
+        """What a whole block is given instead of all its positional arguments."""
+        return (self.before(x), *rest)
 
     def enter(self, x: Tensor) -> Tensor:
         """What a Linear is given instead of x (..., in)."""
@@ -135,6 +144,7 @@ class Method:
             None means the paper's, which `default_targets` gives for a backbone; in a diffusion pipeline those in
             the denoiser, unless `within` says otherwise.
         within, exclude: path globs that narrow the choice.
+        tower: "image" or "text", for models that have both.
     """
 
     key: ClassVar[str] = ""
@@ -145,6 +155,7 @@ class Method:
     targets: Targets = None
     within: str | None = None
     exclude: str | None = None
+    tower: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("rank", "hidden", "tokens"):
@@ -185,6 +196,10 @@ class Method:
         """Tensors of the model that learn in place, as (path of the module, name): BitFit, LN-tuning, full."""
         return []
 
+    def starts(self, backbone: Backbone) -> dict[tuple[str, str], Tensor]:
+        """What tensors that learn in place begin with, where it is not what the model has: a wider classifier."""
+        return {}
+
     def summary(self) -> str:
         """The method with the fields that are not at their defaults: LoRA(rank=4)."""
         given = [f"{f.name}={v!r}" for f in fields(self) if (v := getattr(self, f.name)) != f.default]
@@ -192,7 +207,8 @@ class Method:
 
     def hyper_parameters(self) -> dict[str, Any]:
         """The fields that shape the adapters, as JSON takes them; where these sit is told by the sites."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("targets", "within", "exclude")}
+        where = ("targets", "within", "exclude", "tower")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in where}
 
 
 def factory(module: nn.Module) -> dict[str, Any]:

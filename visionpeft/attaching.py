@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionpeft import acting, activation, attention, backbones, binding
+from visionpeft import acting, activation, backbones, binding, hosts
 from visionpeft.activation import LEARNT, Learnt, Registry
 from visionpeft.adapter import Adapter, Method
 from visionpeft.errors import SiteError, VisionPEFTError
 from visionpeft.methods import METHODS
-from visionpeft.sites import Backbone, Site, kind_of
+from visionpeft.sites import Backbone, Site, inside, kind_of
 from visionpeft.tuner import Tuner
 
 
@@ -60,7 +60,7 @@ def attach(
     kept = dataclasses.replace(method, targets=None) if callable(method.targets) else method  # lambdas do not pickle
     tuner = Tuner(backbone, kept, name, sites)
     learnt = method.learns(sites, backbone)
-    return bind(tuner, method.adapters(sites, backbone), learnt, trained, probe)
+    return bind(tuner, method.adapters(sites, backbone), learnt, trained, probe, method.starts(backbone))
 
 
 def bind(tuner: Tuner, adapters: dict[Site, Adapter], learnt: Iterable[tuple[str, str]],
@@ -133,6 +133,7 @@ def check_name(backbone: Backbone, name: str) -> None:
 
 
 def check_sites(method: Method, sites: Sequence[Site], backbone: Backbone) -> None:
+    backbone.check_tower(sites, method.tower)
     refused = [(s, why) for s in sites if (why := method.refuses(s, backbone.module(s.path)))]
     if refused:
         site, why = refused[0]
@@ -153,7 +154,8 @@ def trained_tensors(backbone: Backbone, train: str | Sequence[str] | None) -> li
     tensors = [(path, name, f"{path}.{name}" if path else name) for path, _, name in backbone.named_tensors()]
     for glob in globs:
         if glob == "head":
-            hits = [(p, n) for p, n, _ in tensors if any(p == h or p.startswith(h + ".") for h in heads)]
+            hits = [(p, n) for p, n, _ in tensors if inside(p, heads)]
+            hits += [(p, n) for p, n in statistics(backbone) if inside(p, heads)]
             why = "the model has no classifier: create it with num_classes, or name the parameters"
         else:
             hits = [(p, n) for p, n, full in tensors if fnmatchcase(full, glob) or fnmatchcase(full, glob + ".*")]
@@ -162,6 +164,16 @@ def trained_tensors(backbone: Backbone, train: str | Sequence[str] | None) -> li
             raise SiteError(f"train={glob!r}: {why}")
         found += [key for key in hits if key not in found]
     return found
+
+
+def statistics(backbone: Backbone) -> list[tuple[str, str]]:
+    """(path, name) of the running statistics of all BatchNorms."""
+    norms = (
+        (path, name)
+        for path, module, name in backbone.named_tensors(buffers=True)
+        if name in module._buffers and isinstance(module, nn.modules.batchnorm._BatchNorm)
+    )
+    return list(norms)
 
 
 def _warn_head(backbone: Backbone, sites: Sequence[Site], trained: list[tuple[str, str]]) -> None:
@@ -213,6 +225,8 @@ def _place(tuner: Tuner, site: Site, adapter: Adapter) -> None:
         raise SiteError(
             f"{site}: the weight is computed from others (parametrize, weight_norm), so no adapter can be lent"
         )
+    if site.host:
+        hosts.check(host, adapter)
     held = _dress(tuner, host, *([] if site.kind == "shared" else [_mixin(site, host)]))
     box = held._modules.setdefault(tuner.name, nn.ModuleDict())
     assert isinstance(box, nn.ModuleDict)
@@ -224,10 +238,10 @@ def _place(tuner: Tuner, site: Site, adapter: Adapter) -> None:
 def _mixin(site: Site, host: nn.Module) -> type[binding.Mixin]:
     if site.kind == "branch":
         return acting.BranchSite
-    if site.kind == "block":
+    if site.kind in ("block", "stage"):
         return acting.BlockSite
-    if isinstance(host, nn.MultiheadAttention):
-        return attention.MultiheadSite
+    if site.host:
+        return hosts.mixin(host)
     plain = binding.base_class(host).forward is nn.Linear.forward  # type: ignore[attr-defined]
     return acting.LinearSite if plain else acting.WeightSite
 
@@ -256,8 +270,7 @@ def _owners(tuner: Tuner, path: str) -> Iterator[tuple[nn.Module, str]]:
     """Every module above a path, with the name of its child on the way."""
     while path:
         path, _, child = path.rpartition(".")
-        root, rest = tuner.backbone.split(path)
-        if root not in tuner.backbone.roots:
+        if tuner.backbone.split(path)[0] not in tuner.backbone.roots:
             return
         yield tuner.backbone.module(path), child
 
@@ -267,9 +280,6 @@ def _switch(tuner: Tuner, path: str) -> None:
     for module, child in _owners(tuner, path):
         for attribute, value in backbones.switches(module, child).items():
             binding.switch(module, tuner.name, attribute, value)
-
-
-def _copy(tuner: Tuner, path: str, name: str, copies: dict[int, Tensor], value: Tensor | None = None) -> None:
     _guard(tuner, path)
 
 
@@ -278,6 +288,9 @@ def _guard(tuner: Tuner, path: str) -> None:
     for module, child in _owners(tuner, path):
         if (mixin := backbones.guard(module, child)) is not None:
             _dress(tuner, module, mixin)
+
+
+def _copy(tuner: Tuner, path: str, name: str, copies: dict[int, Tensor], value: Tensor | None = None) -> None:
     """A trainable copy of the original, or the value given for it, waiting to be put in its place.
 
     Tied tensors stay tied: one original has one copy.
@@ -295,10 +308,10 @@ def _guard(tuner: Tuner, path: str) -> None:
         if isinstance(original, nn.Parameter):
             value = nn.Parameter(value, requires_grad=value.is_floating_point())
         copies[id(original)] = value
+    _guard(tuner, path)
     activation.put_waiting(held, tuner.name, name, copies[id(original)])
     held.train(module.training)
     tuner.in_place.append((path, name))
-    _guard(tuner, path)
 
 
 def _activate_new(tuner: Tuner, registry: Registry) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from visionpeft import acting, activation, attention, binding
+from visionpeft import acting, activation, binding, hosts
 from visionpeft.adapter import Adapter
 from visionpeft.errors import MergeError, VisionPEFTError
 from visionpeft.sites import Site
@@ -63,14 +63,15 @@ def _merged_tensors(tuner: Tuner) -> dict[tuple[nn.Module, str], Tensor | None]:
         if not adapter.overrides("weight"):
             adapter.weight(torch.empty(0), None)  # says why not
         _check_alone(tuner, site)
-        module, weight, bias, rows, b_rows = _place(tuner, site, adapter)
+        module, weight, bias, rows, b_rows, transposed = _place(tuner, site, adapter)
         _check_weight(module, weight, site)
         w = tensors.get((module, weight), module._parameters[weight])
         b = tensors.get((module, bias), module._parameters.get(bias))
         assert w is not None
         try:
             with torch.autocast(w.device.type, enabled=False) if not w.is_meta else nullcontext():
-                w, b = acting.adapted(adapter, w, b, rows, b_rows)
+                w, b = acting.adapted(adapter, w.t() if transposed else w, b, rows, b_rows)
+                w = w.t().contiguous() if transposed else w
         except VisionPEFTError as error:
             raise MergeError(str(error)) from error
         tensors[module, weight] = w
@@ -96,12 +97,12 @@ def _check_weight(module: nn.Module, name: str, site: Site) -> None:
         raise MergeError(f"{site}: the weight is sharded (FSDP2): merge in a model that is not")
 
 
-def _place(tuner: Tuner, site: Site, adapter: Adapter) -> tuple[nn.Module, str, str, slice, slice]:
+def _place(tuner: Tuner, site: Site, adapter: Adapter) -> hosts.Place:
     if site.host:
-        return attention.places(tuner.backbone.module(site.host_path))[adapter.place]
+        return hosts.place(tuner.backbone.module(site.host_path), adapter.place)
     module = tuner.backbone.module(site.path)
     rows = slice(*site.rows) if site.rows else slice(None)
-    return module, "weight", "bias", rows, rows
+    return hosts.Place(module, "weight", "bias", rows, rows)
 
 
 def _check_alone(tuner: Tuner, site: Site) -> None:

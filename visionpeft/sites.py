@@ -18,8 +18,10 @@ from torch import nn
 from visionpeft import backbones, binding
 from visionpeft.errors import SiteError
 
-ROLES = "query key value qkv attn_out mlp_in mlp_out norm patch_embed conv embed head attention mlp block".split()
-KINDS = ("linear", "conv", "norm", "embed", "branch", "block")
+_OUTER = ["norm", "patch_embed", "conv", "embed", "head", "projection", "attention", "mlp", "block"]
+ROLES = ["query", "key", "value", "qkv", "attn_out", "mlp_in", "mlp_out", *_OUTER]
+KINDS = ("linear", "conv", "norm", "embed", "branch", "block", "stage")
+APART = ("head", "projection")  # last layers, which a kind does not choose: they have to be named
 _NORM_NAMES = ("norm", "affine")
 
 
@@ -56,6 +58,12 @@ class Site:
         """The site as cells of a table."""
         shape, called = "x".join(map(str, self.shape)), "yes" if self.called else "bypassed"
         return self.path or "(root)", self.part, self.role, self.kind, shape, called
+
+    @property
+    def full(self) -> str:
+        """Path of the module, or of the tensor where the site is a raw one."""
+        raw = self.part and (self.kind == "tensor" or self.role == "projection")
+        return f"{self.path}.{self.part}".lstrip(".") if raw else self.path
 
     @property
     def host_path(self) -> str:
@@ -127,16 +135,72 @@ class Backbone:
             found += [".".join(p for p in (name, path) if p) for path in backbones.heads(root)]
         return found
 
-    def sites(self) -> Sites:
-        """Every site, in the order of the modules."""
+    def towers(self) -> dict[str, list[str]]:
+        """Paths of the parts of each tower ("image", "text"), of models that have them."""
+        found: dict[str, list[str]] = {}
+        for name, root in self.roots.items():
+            for tower, paths in backbones.towers(root).items():
+                found.setdefault(tower, []).extend(".".join(p for p in (name, path) if p) for path in paths)
+        return found
+
+    def in_tower(self, sites: Sequence[Site], tower: str | None) -> list[Site]:
+        """The sites in a tower; all of them for None.
+
+        Raises:
+            SiteError: the model has no such tower.
+        """
+        if tower is None:
+            return list(sites)
+        towers = self.towers()
+        if tower not in towers:
+            here = f"it has {' and '.join(towers)}" if towers else "it has no towers: use within= with a path glob"
+            raise SiteError(f"tower={tower!r}: this model has none of that name; {here}")
+        return [site for site in sites if inside(site.full, towers[tower])]
+
+    def check_tower(self, sites: Sequence[Site], tower: str | None) -> None:
+        """Refuse sites outside the tower: a method that chooses by itself did not heed it."""
+        if tower is not None and len(self.in_tower(sites, tower)) != len(sites):
+            raise SiteError(f"tower={tower!r} is not heeded by this method's choice of sites: use within= instead")
+
+    def sites(self, tower: str | None = None) -> Sites:
+        """Every site, in the order of the modules; those of one tower if it is named."""
+        return Sites(self.in_tower(self._sites(), tower))
+
+    def _sites(self) -> Sites:
         modules = dict(self.named_modules())
         heads = self.heads()
         found = Sites()
         for path, module in modules.items():
+            above = path.rpartition(".")[0]
+            if self.hidden(path):
+                continue
             role = "head" if inside(path, heads) else backbones.role(path, modules)
             found += _module_sites(path, module, modules.get(above) if path else None, role)
             found += _raw_sites(path, module)
             found += _block_sites(path, module)
+        return found
+
+    def hidden(self, path: str) -> bool:
+        """Whether a module is a mere copy of others (fused projections), where nothing of ours belongs."""
+        above, _, last = path.rpartition(".")
+        root, rest = self.split(above)
+        return bool(path) and root in self.roots and backbones.hidden(self.module(above), last)
+
+    def main(self, sites: Sequence[Site]) -> list[Site]:
+        """The sites that methods adapt unless told otherwise: a pipeline's denoiser, in all else every one."""
+        names = [name for name, root in self.roots.items() if backbones.denoises(root)] or list(self.roots)
+        return [site for site in sites if self.split(site.path)[0] in names]
+
+    def presets(self) -> dict[str, set[str]]:
+        """Words for `targets=` that libraries here know -> paths that they mean."""
+        found: dict[str, set[str]] = {}
+        for name, root in self.roots.items():
+            modules = dict(_walk(root, name, set()))
+            libs = {id(lib): lib for m in modules.values() if (lib := backbones.library(m)) is not None}
+            for lib in libs.values():
+                for word, means in lib.presets.items():
+                    hits = {path for path, m in modules.items() if kind_of(m) is not None and means(path, modules)}
+                    found.setdefault(word, set()).update(hits)
         return found
 
     def example(self) -> tuple[Any, ...] | None:
@@ -171,37 +235,11 @@ def _components(model: Any) -> dict[str, nn.Module]:
 
 
 def inside(path: str, roots: Sequence[str]) -> bool:
-            above = path.rpartition(".")[0]
-            if self.hidden(path):
-                continue
     """Whether a path is one of the roots or below one."""
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
 def _module_sites(path: str, module: nn.Module, parent: nn.Module | None, role: backbones.Role) -> list[Site]:
-    def hidden(self, path: str) -> bool:
-        """Whether a module is a mere copy of others (fused projections), where nothing of ours belongs."""
-        above, _, last = path.rpartition(".")
-        root, rest = self.split(above)
-        return bool(path) and root in self.roots and backbones.hidden(self.module(above), last)
-
-    def main(self, sites: Sequence[Site]) -> list[Site]:
-        """The sites that methods adapt unless told otherwise: a pipeline's denoiser, in all else every one."""
-        names = [name for name, root in self.roots.items() if backbones.denoises(root)] or list(self.roots)
-        return [site for site in sites if self.split(site.path)[0] in names]
-
-    def presets(self) -> dict[str, set[str]]:
-        """Words for `targets=` that libraries here know -> paths that they mean."""
-        found: dict[str, set[str]] = {}
-        for name, root in self.roots.items():
-            modules = dict(_walk(root, name, set()))
-            libs = {id(lib): lib for m in modules.values() if (lib := backbones.library(m)) is not None}
-            for lib in libs.values():
-                for word, means in lib.presets.items():
-                    hits = {path for path, m in modules.items() if kind_of(m) is not None and means(path, modules)}
-                    found.setdefault(word, set()).update(hits)
-        return found
-
     if isinstance(parent, nn.MultiheadAttention):
         return []  # its projections are sites of the attention itself
     if _is_torch_mha(module):
@@ -212,6 +250,8 @@ def _module_sites(path: str, module: nn.Module, parent: nn.Module | None, role: 
     role = role or (kind if kind != "linear" else "")
     shape = tuple(module.weight.shape) if getattr(module, "weight", None) is not None else ()  # type: ignore[union-attr, arg-type]
     parts = role if isinstance(role, tuple) else ()
+    if parent is not None and backbones.hosts(parent, path.rpartition(".")[2]):
+        return [Site(path, "", str(role), kind, shape, host=path.rpartition(".")[0] or ".", called=False)]
     called = not (parent is not None and backbones.bypasses(parent, path.rpartition(".")[2]))
     whole = ("qkv" if len(parts) == 3 else "") if parts else str(role)
     sites = [Site(path, role=whole, kind=kind, shape=shape, called=called)]
@@ -238,6 +278,22 @@ def _mha_sites(path: str, m: nn.MultiheadAttention) -> list[Site]:
     return [*sites, Site(out, "", "attn_out", "linear", (e, e), host=path or ".", called=False)]
 
 
+def _raw_sites(path: str, module: nn.Module) -> list[Site]:
+    """Tensors that the module itself uses as weights: fused projections (3d, d), or P (in, out) in x @ P."""
+    found = []
+    for name, role in backbones.raw(module).items():
+        out, width = module._parameters[name].shape  # type: ignore[union-attr]
+        if isinstance(role, str):
+            found.append(Site(path, name, role, "linear", (width, out), host=path or ".", called=False))
+            continue
+        size = out // len(role)
+        found += [
+            Site(path, part, part, "linear", (size, width), (i * size, (i + 1) * size), path or ".", called=False)
+            for i, part in enumerate(role)
+        ]
+    return found
+
+
 def _block_sites(path: str, module: nn.Module) -> list[Site]:
     found = []
     at = f"{path}." if path else ""
@@ -246,6 +302,8 @@ def _block_sites(path: str, module: nn.Module) -> list[Site]:
     tokens = backbones.block_width(module)
     if tokens:
         found.append(Site(path, "", "block", "block", (tokens,)))
+    if (stage := backbones.stage(module)) is not None:
+        found.append(Site(path, "", stage[0], "stage", (stage[1],)))
     return found
 
 
@@ -277,7 +335,7 @@ def choose_among(sites: Sequence[Site], targets: Targets, within: str | None, ex
     Raises:
         SiteError: a word of `targets` or `exclude` matches nothing, with the words that would.
     """
-    if exclude is not None and not any(fnmatchcase(s.path, exclude) for s in sites):
+    if exclude is not None and not any(_under(s, exclude) for s in sites):
         raise SiteError(f"exclude={exclude!r} matches no path: is it misspelt?")
     sites = [s for s in sites if _inside(s, within, exclude)]
     if callable(targets):
@@ -297,16 +355,20 @@ def choose_among(sites: Sequence[Site], targets: Targets, within: str | None, ex
 
 
 def _inside(site: Site, within: str | None, exclude: str | None) -> bool:
-    return (within is None or fnmatchcase(site.path, within)) and (
-        exclude is None or not fnmatchcase(site.path, exclude)
-    )
+    return (within is None or _under(site, within)) and (exclude is None or not _under(site, exclude))
+
+
+def _under(site: Site, glob: str) -> bool:
+    return fnmatchcase(site.path, glob) or fnmatchcase(site.full, glob)
 
 
 def _matches(site: Site, word: str) -> bool:
     if word in ROLES:
         return site.role == word
     if word in KINDS:  # whole modules, or all parts where only parts exist (nn.MultiheadAttention)
-        return site.kind == word and site.role != "head" and (not site.part or bool(site.host))
+        return site.kind == word and site.role not in APART and (not site.part or bool(site.host))
+    if site.role == "projection":
+        return fnmatchcase(site.full, word)
     return fnmatchcase(site.path, word) and (not site.part or bool(site.host) or site.kind == "tensor")
 
 

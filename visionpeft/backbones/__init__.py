@@ -33,14 +33,18 @@ class Library:
         blocks: says whether a module is a block that takes tokens (B, N, D) and depends on no position.
         fused: says whether the rows of a fused projection are [query, key, value] rather than interleaved by head.
         bypasses: says whether the parent reads a child's weight without calling it.
+        hosts: says whether it does so and `visionpeft.hosts` has a forward of its own for it.
+        raw: class -> {name of a tensor that it uses as a weight: its role, or roles of equal slices of the rows}.
+        towers: "image" and "text" of a root -> paths of their parts.
         switches: {attribute: value} that make the module call the child of that name, while an adapter is there.
-        heads: paths of the classifiers of a root; example: an input for it.
-        prefix_tokens: how many tokens stand before the patches.
-    """
         guard: what the owner of the child of that name wears besides while an adapter is there.
         hidden: says whether the child of that name is a mere copy of others, so that no adapter belongs there.
         presets: word of `targets=` -> says whether it means the module at a path, given all modules.
         denoises: says whether a root is what a diffusion pipeline trains, unless told otherwise.
+        heads: paths of the classifiers of a root; example: an input for it.
+        stages: role and channels of a module before or after the blocks that adapters can take hold of as a whole.
+        prefix_tokens: how many tokens stand before the patches.
+    """
 
     name: str
     roles: tuple[tuple[str, Mapping[str, Role]], ...] = ()
@@ -49,17 +53,21 @@ class Library:
     blocks: Callable[[nn.Module], bool] = lambda module: False
     fused: Callable[[nn.Module], bool] = lambda module: True
     bypasses: Callable[[nn.Module, str], bool] = lambda module, name: False
+    hosts: Callable[[nn.Module, str], bool] = lambda module, name: False
+    raw: Mapping[str, Mapping[str, Role]] = field(default_factory=dict)
+    towers: Callable[[nn.Module], dict[str, list[str]]] = lambda root: {}
     switches: Callable[[nn.Module, str], dict[str, Any]] = lambda module, child: {}
+    guard: Callable[[nn.Module, str], type[Mixin] | None] = lambda module, child: None
+    hidden: Callable[[nn.Module, str], bool] = lambda parent, name: False
+    presets: Mapping[str, Callable[[str, Mapping[str, nn.Module]], bool]] = field(default_factory=dict)
+    denoises: Callable[[nn.Module], bool] = lambda root: False
     heads: Callable[[nn.Module], list[str]] = lambda root: []
+    stages: Callable[[nn.Module], tuple[str, int] | None] = _none
     example: Callable[[nn.Module], tuple[Any, ...] | None] = _none
     prefix_tokens: Callable[[nn.Module], int | None] = _none
 
 
 def library(module: nn.Module | None) -> Library | None:
-    guard: Callable[[nn.Module, str], type[Mixin] | None] = lambda module, child: None
-    hidden: Callable[[nn.Module, str], bool] = lambda parent, name: False
-    presets: Mapping[str, Callable[[str, Mapping[str, nn.Module]], bool]] = field(default_factory=dict)
-    denoises: Callable[[nn.Module], bool] = lambda root: False
     """The library whose class a module has."""
     if module is None:
         return None
@@ -131,14 +139,53 @@ def width_of(module: nn.Module | None) -> int | None:
     return None
 
 
+def stage(module: nn.Module) -> tuple[str, int] | None:
+    """Role and channels of a stage (grouping, tokens, pool), None for all else."""
+    lib = library(module)
+    return lib.stages(module) if lib else None
+
+
 def bypasses(parent: nn.Module, name: str) -> bool:
     lib = library(parent)
     return bool(lib and lib.bypasses(parent, name))
 
 
+def hosts(parent: nn.Module, name: str) -> bool:
+    lib = library(parent)
+    return bool(lib and lib.hosts(parent, name))
+
+
+def raw(module: nn.Module) -> dict[str, Role]:
+    """Tensors that a module uses as weights by itself, and their roles."""
+    lib = library(module)
+    table = lib.raw.get(type(module).__name__, {}) if lib else {}
+    return {name: role for name, role in table.items() if module._parameters.get(name) is not None}
+
+
+def towers(root: nn.Module) -> dict[str, list[str]]:
+    """Paths of the parts of the image and of the text tower, {} where there are none."""
+    lib = library(root)
+    return lib.towers(root) if lib else {}
+
+
 def switches(module: nn.Module, child: str) -> dict[str, Any]:
     lib = library(module)
     return lib.switches(module, child) if lib else {}
+
+
+def guard(module: nn.Module, child: str) -> type[Mixin] | None:
+    lib = library(module)
+    return lib.guard(module, child) if lib else None
+
+
+def hidden(parent: nn.Module | None, name: str) -> bool:
+    lib = library(parent)
+    return bool(lib and parent is not None and lib.hidden(parent, name))
+
+
+def denoises(root: nn.Module) -> bool:
+    lib = library(root)
+    return bool(lib and lib.denoises(root))
 
 
 def heads(root: nn.Module) -> list[str]:
@@ -163,24 +210,9 @@ def prefix_tokens(root: nn.Module) -> int | None:
 
 
 def _libraries() -> dict[str, Library]:
-    from visionpeft.backbones import diffusers, open_clip, timm, torch, transformers
+    from visionpeft.backbones import diffusers, open_clip, points, timm, torch, transformers
 
-def guard(module: nn.Module, child: str) -> type[Mixin] | None:
-    lib = library(module)
-    return lib.guard(module, child) if lib else None
-
-
-def hidden(parent: nn.Module | None, name: str) -> bool:
-    lib = library(parent)
-    return bool(lib and parent is not None and lib.hidden(parent, name))
-
-
-def denoises(root: nn.Module) -> bool:
-    lib = library(root)
-    return bool(lib and lib.denoises(root))
-
-
-    files = (timm, open_clip, transformers, diffusers, torch)
+    files = (timm, open_clip, transformers, diffusers, points, torch)
     return {file.LIBRARY.name: file.LIBRARY for file in files}
 
 

@@ -1,4 +1,7 @@
-"""open_clip: residual blocks around `nn.MultiheadAttention`, in both towers."""
+"""open_clip: an image and a text tower, most often of residual blocks around `nn.MultiheadAttention`.
+
+Towers of timm and of transformers are known by those libraries' own tables.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,15 @@ from torch import nn
 
 from visionpeft.backbones import Library
 
+_FLAT = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+
+
+def _towers(root: nn.Module) -> dict[str, list[str]]:
+    """CLIP keeps the parts of its text tower at the root, the others below `text`. CoCa's decoder is of neither."""
+    if not hasattr(root, "visual"):
+        return {}
+    return {"image": ["visual"], "text": ["text"] if hasattr(root, "text") else list(_FLAT)}
+
 
 def _example(root: nn.Module) -> tuple[Any, ...] | None:
     visual = getattr(root, "visual", None)
@@ -18,21 +30,38 @@ def _example(root: nn.Module) -> tuple[Any, ...] | None:
     height, width = (size, size) if isinstance(size, int) else size
     weight = next(root.parameters())
     image = torch.zeros(1, 3, height, width, device=weight.device, dtype=weight.dtype)
-    text = torch.zeros(1, context, dtype=torch.long, device=weight.device)
-    text[:, 1] = 1  # so that the end-of-text position, an argmax, is defined
+    if hasattr(getattr(root, "text", None), "config"):  # transformers count some positions for padding
+        context = min(context, 8)
+    text = torch.full((1, context), 2, device=weight.device)  # no padding, which some towers mask
+    text[:, -1] = 3  # the end-of-text position, an argmax
     return image, text
 
+
+_MLP = {"mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out"}
+_QKV = ("query", "key", "value")
 
 LIBRARY = Library(
     name="open_clip",
     roles=(
-        ("ResidualAttentionBlock", {"mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out"}),
+        ("ResidualAttentionBlock", _MLP),
         ("AttentionPool2d", {"q_proj": "query", "k_proj": "key", "v_proj": "value", "c_proj": "attn_out"}),
         ("Attention", {"out_proj": "attn_out"}),
         ("VisionTransformer", {"conv1": "patch_embed"}),
+        ("CLIP|TextTransformer", {"text_projection": "projection"}),
+        ("TimmModel", dict.fromkeys(("head.proj", "trunk.head", "trunk.head.fc"), "projection")),
+        ("HFTextEncoder", dict.fromkeys(("proj", "proj.0", "proj.2"), "projection")),
     ),
-    branches={"ResidualAttentionBlock": {"attention": ("ln_1", "ls_1"), "mlp": ("ln_2", "ls_2")}},
-    # the ResNets' pooling hands the four weights to a function: they can be seen, but nothing can act there
-    bypasses=lambda parent, name: type(parent).__name__ == "AttentionPool2d",
+    branches={
+        "ResidualAttentionBlock": {"attention": ("ln_1", "ls_1"), "mlp": ("ln_2", "ls_2")},
+        "CustomResidualAttentionBlock": {"attention": ("ln_1", "ls_1"), "mlp": ("ln_2", "ls_2")},
+    },
+    hosts=lambda parent, name: type(parent).__name__ == "AttentionPool2d" and name.endswith("_proj"),
+    raw={
+        "VisionTransformer": {"proj": "projection"},
+        "CLIP": {"text_projection": "projection"},
+        "TextTransformer": {"text_projection": "projection"},
+        "Attention": {"in_proj_weight": _QKV},
+    },
+    towers=_towers,
     example=_example,
 )

@@ -96,6 +96,7 @@ LIBRARY = Library(
     name="timm",
     roles=(
         ("Attention|Attn|XCA|DualPath", _ATTENTION),
+        ("GeGluMlp", {"w0": "mlp_in", "w1": "mlp_in", "w2": "mlp_out"}),
         ("(?i)mlp|SwiGLU|Ffn", _MLP),
         ("PatchEmbed|ConvPatch|NaFlexEmbeds", {"proj": "patch_embed"}),
     ),

@@ -1,0 +1,108 @@
+"""The real models of open_clip on the meta device: the sites of each tower, and that adapters act at every one."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+import visionpeft as vp
+from visionpeft.sites import Backbone
+
+Q, OUT, MLP = ("query", "key", "value"), ("attn_out",), ("mlp_in", "mlp_out")
+
+
+def many(*pairs: tuple[tuple[str, ...], int]) -> dict[str, int]:
+    return {role: count for roles, count in pairs for role in roles}
+
+
+TEXT = {**many((Q + OUT + MLP, 12)), "embed": 1, "norm": 25, "projection": 1}
+VIT = {**many((Q + OUT + MLP, 12)), "patch_embed": 1, "norm": 26, "projection": 1}
+TRUNK = {**many((Q + OUT + MLP + ("qkv", "block"), 12)), "patch_embed": 1, "norm": 25, "projection": 1}
+SIGLIP = {**many((Q + OUT + MLP, 13), (("qkv", "block"), 12)), "patch_embed": 1, "norm": 26, "": 1}
+
+# model -> (parameters, sites of the image tower by role, of the text tower)
+MODELS: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
+    "ViT-B-32": (151_277_313, VIT, TEXT),
+    "ViT-B-16": (149_620_737, VIT, TEXT),
+    "ViT-L-14": (427_616_513, {**VIT, **many((Q + OUT + MLP, 24)), "norm": 50}, TEXT),
+    "ViT-B-16-SigLIP": (203_155_970, SIGLIP, TEXT),
+    "ViT-B-16-SigLIP2": (375_187_970, SIGLIP, TEXT),
+    "convnext_base_w": (179_385_345, {"conv": 40, "norm": 41, **many((MLP, 36)), "projection": 1}, TEXT),
+    "RN50": (102_007_137, {"conv": 55, "norm": 55, **many((Q + OUT, 1))}, TEXT),
+    "coca_ViT-B-32": (253_560_065, {**VIT, **many((Q + OUT, 13)), "norm": 28}, TEXT),
+    "MobileCLIP-S2": (
+        99_243_329,
+        {"conv": 147, "norm": 228, **many((MLP, 44), ((*Q, *OUT, "qkv"), 4)), "projection": 1},
+        TEXT,
+    ),
+    "MobileCLIP-B": (149_777_153, {**TRUNK, "conv": 3, "norm": 27} | {"patch_embed": 0}, TEXT),
+    "EVA02-B-16": (
+        149_691_137,
+        {**many((Q + OUT + ("mlp_out",), 12)), "mlp_in": 24, "patch_embed": 1, "norm": 49, "projection": 1},
+        TEXT,
+    ),
+    "EVA01-g-14": (
+        1_136_435_841,
+        {**many((Q + OUT + MLP + ("qkv",), 40)), "patch_embed": 1, "norm": 81, "projection": 1},
+        TEXT,
+    ),
+    "PE-Core-B-16": (
+        447_660_545,
+        {**many((Q + OUT + MLP, 13), (("qkv",), 12)), "patch_embed": 1, "norm": 27, "": 1, "projection": 1},
+        {**TEXT, **many((Q + OUT + MLP, 24)), "norm": 49},
+    ),
+    "ViTamin-S": (
+        62_469_185,
+        {"conv": 22, "norm": 51, **many((Q + OUT + ("mlp_out", "qkv", "block"), 14)), "mlp_in": 28, "projection": 1},
+        TEXT,
+    ),
+}
+
+
+def build(name: str) -> nn.Module:
+    logging.disable(logging.WARNING)  # open_clip says that there are no weights
+    try:
+        with torch.device("meta"):
+            return open_clip.create_model(name, pretrained=None, device="meta")
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sites_by_tower_and_an_adapter_at_every_linear_acts(name):
+    model = build(name)
+    parameters, image, text = MODELS[name]
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    backbone = Backbone(model)
+    found = {t: Counter(s.role for s in backbone.sites(t) if s.kind != "branch") for t in ("image", "text")}
+    assert found == {"image": Counter(image), "text": Counter(text)}
+    tuner = vp.attach(model, vp.LoRA(rank=1, targets="linear projection"))  # probes: a dead adapter is an error
+    linears = [s for s in backbone.sites() if s.kind == "linear" and (not s.part or s.host)]
+    assert tuner.sites == linears
+    assert tuner.num_parameters == sum(sum(s.shape) for s in linears)
+
+
+@pytest.mark.parametrize("name, count", [("ViT-B-16", 184_320), ("ViT-B-32", 184_320), ("ViT-L-14", 405_504)])
+def test_parameters_of_clip_lora(name, count):
+    model = build(name)
+    recipe = dict(alpha=1, dropout=0.25, rslora=True, targets="query key value")
+    tuner = vp.attach(model, vp.LoRA(rank=2, **recipe))
+    assert tuner.num_parameters == count
+    assert {a.scale for a in tuner.adapters.values()} == {1 / 2**0.5}
+    tuner.detach()
+    assert vp.attach(model, vp.LoRA(rank=1, **recipe)).num_parameters == count // 2
+
+
+@pytest.mark.parametrize("name, image, both", [("ViT-B-16", 39_936, 65_536), ("ViT-L-14", None, 140_800)])
+def test_parameters_of_ln_tuning(name, image, both):
+    model = build(name)
+    tuner = vp.attach(model, vp.methods.LNTuning())
+    assert tuner.num_parameters == both
+    tuner.detach()
+    if image is not None:
+        assert vp.attach(model, vp.methods.LNTuning(tower="image")).num_parameters == image
