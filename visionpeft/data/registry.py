@@ -88,7 +88,7 @@ def _load(kind: str, name: str, root: str | None, seed: int, shots: int | None) 
 
 
 def _parse(spec: str) -> tuple[str, str, dict[str, int]]:
-    base, options = _options(spec)
+    base, options = subset_options(spec)
     kind, _, name = base.partition(":")
     if kind not in KINDS:
         raise DataError(f"unknown data {spec!r}: use one of {', '.join(KINDS)}")
@@ -98,7 +98,8 @@ def _parse(spec: str) -> tuple[str, str, dict[str, int]]:
     return kind, name, options
 
 
-def _options(spec: str) -> tuple[str, dict[str, int]]:
+def subset_options(spec: str) -> tuple[str, dict[str, int]]:
+    """A spec without its ending, and what the ending "?train=1000&test=2000&seed=0" says."""
     base, mark, ending = spec.rpartition("?")
     if not mark:
         return spec, {}

@@ -156,6 +156,10 @@ class _Joined:
         images, index = self._find(index)
         return images.source.image(images._stored(index))
 
+    def mask(self, index: int) -> Any:
+        images, index = self._find(index)
+        return images.source.mask(images._stored(index))  # type: ignore[attr-defined]
+
     def path(self, index: int) -> str:
         images, index = self._find(index)
         return images.path(index)

@@ -26,6 +26,11 @@ def class_weights(labels: np.ndarray, num_classes: int) -> torch.Tensor:
         return torch.tensor(weights, dtype=torch.float32)
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         raise DataError(f"labels span {labels.min()}..{labels.max()}, outside 0..{num_classes - 1}")
-    counts = np.bincount(labels, minlength=num_classes)
+    return weights_of_counts(np.bincount(labels, minlength=num_classes))
+
+
+def weights_of_counts(counts: np.ndarray) -> torch.Tensor:
+    """float32 [C], `N / (K n_c)` over the K classes that occur, zero for the others: the mean weight of all N is 1."""
     present = max((counts > 0).sum(), 1)
-    return torch.tensor(np.where(counts > 0, len(labels) / (present * np.maximum(counts, 1)), 0), dtype=torch.float32)
+    weights = np.where(counts > 0, counts.sum() / (present * np.maximum(counts, 1)), 0)
+    return torch.tensor(weights, dtype=torch.float32)

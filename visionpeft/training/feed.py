@@ -79,13 +79,13 @@ class LoaderFeed:
         try:
             yield from loader
         except DataError as error:
-            raise DataError(_own_words(str(error))) from error
+            raise DataError(own_words(str(error))) from error
 
     def name(self, index: int) -> str:
         return str(self.images.path(index))
 
 
-def _own_words(message: str) -> str:
+def own_words(message: str) -> str:
     """The message of an error in a worker process, without the traceback that DataLoader puts before it."""
     if not message.startswith("Caught "):
         return message

@@ -41,6 +41,8 @@ class Recipe:
     """Whether weight decay also acts on vectors (biases, norms, SSF's scales); timm's own habit is not to."""
     drop_path: float = 0.0
     label_smoothing: float = 0.0
+    dice: float = 0.0
+    """Weight of the Dice loss beside the cross-entropy, for masks."""
     mixup: float = 0.0
     cutmix: float = 0.0
     augment: str | None = None
@@ -100,6 +102,8 @@ def make_criterion(recipe: Recipe, multi_label: bool, weights: Tensor | None = N
     Args:
         weights: float [C] of visionpeft.data.class_weights.
     """
+    if recipe.dice:
+        raise RecipeError("the Dice loss is for masks")
     if multi_label:
         if recipe.label_smoothing or recipe.mixup or recipe.cutmix:
             raise RecipeError("label smoothing, mixup and cutmix need single-label data")
