@@ -68,11 +68,11 @@ class Library:
 
 
 def library(module: nn.Module | None) -> Library | None:
-    """The library whose class a module has."""
+    """The library whose class a module has: a file of this library that has a table of its own, or the package."""
     if module is None:
         return None
-    package = base_class(module).__module__.split(".")[0]
-    return LIBRARIES.get(package)
+    file = base_class(module).__module__
+    return LIBRARIES.get(file) or LIBRARIES.get(file.split(".")[0])
 
 
 def role(path: str, modules: Mapping[str, nn.Module]) -> Role:
@@ -210,9 +210,9 @@ def prefix_tokens(root: nn.Module) -> int | None:
 
 
 def _libraries() -> dict[str, Library]:
-    from visionpeft.backbones import diffusers, open_clip, points, timm, torch, transformers
+    from visionpeft.backbones import diffusers, open_clip, points, segmentation, timm, torch, transformers
 
-    files = (timm, open_clip, transformers, diffusers, points, torch)
+    files = (timm, open_clip, transformers, diffusers, points, segmentation, torch)
     return {file.LIBRARY.name: file.LIBRARY for file in files}
 
 

@@ -114,7 +114,7 @@ def _of_timm(model: nn.Module) -> Preprocessing | None:
     config = require("timm.data", extra="timm").resolve_data_config(pretrained_cfg=config)
     if config["crop_mode"] not in ("center", "squash"):
         raise DataError(f"timm's crop_mode {config['crop_mode']!r} is not supported: build Preprocessing yourself")
-    fixed = _fixed_size(model)
+    fixed = fixed_size(model)
     return Preprocessing(
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
@@ -170,7 +170,7 @@ def _height_width(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value["height"], value["width"])
 
 
-def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
+def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """The only size that the model accepts, if there is only one."""
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "strict_img_size", False) and getattr(embed, "img_size", None):
@@ -179,7 +179,7 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def _check_size(model: nn.Module, size: tuple[int, int]) -> None:
-    fixed = _fixed_size(model)
+    fixed = fixed_size(model)
     if fixed and fixed != size:
         raise DataError(f"{type(model).__name__} takes images of {fixed[0]}x{fixed[1]} only, not {size[0]}x{size[1]}: "
                         f"create it with img_size={size[0]} or dynamic_img_size=True, or give size={fixed[0]}")
