@@ -108,12 +108,16 @@ NEEDS: dict[str, tuple[set[str], ...]] = {
     "adaptformer": ({"mlp"},),
     "pfeiffer": ({"mlp"},),
     "houlsby": ({"attention"}, {"mlp"}),
+    "parallel": ({"mlp"},),
+    "convpass": ({"attention"}, {"mlp"}),
 }
 
 # Methods that act in the same way as others run on a plain ViT and on those where they act in yet another way.
 ONLY: dict[str, tuple[str, ...]] = {
     "fact_tt": ("vit", "swinv2", "encoder"),
     "fact_tk": ("vit", "convnext"),
+    "convpass": ("vit", "dinov2", "clip"),
+    "parallel": ("vit", "swinv2"),
 }
 
 # Hyper-parameters that fit the tiny widths; whatever is not named here keeps its default.

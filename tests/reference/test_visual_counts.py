@@ -12,11 +12,16 @@ timm = pytest.importorskip("timm")
 BASE = {  # ViT-B/16, without head
     **{f"fact_tt {r}": (M.FacTTT(rank=r), n) for r, n in {4: 8_448, 8: 21_504, 16: 61_440, 32: 196_608}.items()},
     **{f"fact_tk {r}": (M.FacTTK(rank=r), n) for r, n in {4: 6_784, 8: 13_952, 16: 30_976, 32: 86_528}.items()},
+    "convpass": (M.Convpass(), 327_552),
+    "convpass attention": (M.Convpass(attention_only=True), 163_776),
+    "parallel 8": (M.ParallelAdapter(hidden=8), 156_768),
 }
 
 LARGE = {  # D = 1024, L = 24
     "fact_tt": (M.FacTTT(rank=8), 2 * 1024 * 8 + 12 * 24 * 64),
     "fact_tk": (M.FacTTK(rank=8), 2 * 1024 * 8 + 8**3 + 12 * 24 * 8),
+    "convpass": (M.Convpass(hidden=8), 2 * 24 * (2 * 1024 * 8 + 9 * 64 + 2 * 8 + 1024)),
+    "parallel": (M.ParallelAdapter(hidden=8), 24 * (2 * 1024 * 8 + 8 + 1024)),
 }
 
 

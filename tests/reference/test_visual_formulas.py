@@ -119,3 +119,136 @@ def test_fact_refuses_an_mlp_of_no_whole_ratio():
     model = timm.create_model("eva02_tiny_patch14_224", img_size=28, embed_dim=24, depth=1, num_heads=2)
     with pytest.raises(vp.errors.SiteError, match=r"mlp.*square tiles"):
         vp.attach(model, M.FacTTT(rank=2))
+
+
+# ---- Convpass and parallel adapters ---------------------------------------------------------------------------------
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-1.702 * x))
+
+
+def bypass(t: dict[str, Tensor], u: Tensor, height: int, width: int) -> Tensor:
+    """Up q(conv(q(Down u))), the conv as a sum over its taps, each token before the patches on an image of its own."""
+    h = quick_gelu(u @ t["down_weight"].T + t["down_bias"])
+    front = h.shape[1] - height * width
+    grid = h.new_zeros(h.shape[0], height + 2, width + 2, h.shape[2])
+    grid[:, 1:-1, 1:-1] = h[:, front:].unflatten(1, (height, width))
+    w = t["conv_weight"]
+    patches = sum(grid[:, i : i + height, j : j + width] @ w[:, :, i, j].T for i in range(3) for j in range(3))
+    out = torch.cat([h[:, :front] @ w[:, :, 1, 1].T, patches.flatten(1, 2)], 1) + t["conv_bias"]
+    return quick_gelu(out) @ t["up_weight"].T + t["up_bias"]
+
+
+@pytest.mark.parametrize("only", [False, True], ids=["both", "attention"])
+def test_convpass(only):
+    """x + branch(u) + s C(u), u the norm's output, the class token convolved alone."""
+    model, x = vit(), image()
+    tuner = shake(vp.attach(model, M.Convpass(hidden=4, scale=0.7, attention_only=only)))
+    own = by_site(tuner)
+
+    def beside(part: str):
+        return lambda p, h, u, z: z + 0.7 * bypass(own[p, part], u, 4, 4)
+
+    expected = walk(model, x, attn=beside("attention"), mlp=None if only else beside("mlp"))
+    compare(model, expected, x, tuner)
+
+
+def test_convpass_on_any_grid_behind_any_tokens():
+    """Grids that come at call time, one class token, four registers and two prompts."""
+    small = dict(img_size=32, patch_size=8, embed_dim=D, depth=2, num_heads=2, num_classes=0, dynamic_img_size=True)
+    model = timm.create_model("vit_small_patch14_reg4_dinov2", **small).double().eval()
+    vp.attach(model, M.VPT(tokens=2), name="prompts", probe=False)
+    tuner = shake(vp.attach(model, M.Convpass(hidden=4, dropout=0)))
+    seen = []
+    for module in (model.blocks[1].norm1, model.blocks[1].ls1, model.blocks[1].drop_path1):
+        module.register_forward_hook(lambda m, i, y: seen.append(y))
+    for height, width in ((3, 5), (5, 3), (4, 4)):
+        seen.clear()
+        model(torch.randn(2, 3, 8 * height, 8 * width, dtype=torch.float64))
+        u, z, found = (t.detach() for t in seen)
+        assert u.shape[1] == 1 + 4 + 2 + height * width
+        assert_equal(found, z + bypass(by_site(tuner)["blocks.1", "attention"], u, height, width).detach())
+
+
+def test_convpass_in_swin_where_the_grid_halves():
+    small = dict(img_size=32, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2), num_classes=0)
+    model = timm.create_model("swin_tiny_patch4_window7_224", **small).double().eval()
+    tuner = shake(vp.attach(model, M.Convpass(hidden=4)))
+    block, seen = model.layers[1].blocks[0], {}
+    for name in ("norm1", "norm2", "mlp", "drop_path1", "drop_path2"):
+        block.get_submodule(name).register_forward_hook(lambda m, i, y, name=name: seen.update({name: (i[0], y)}))
+    adapters = {s.part: a for s, a in tuner.adapters.items() if s.path == "layers.1.blocks.0"}
+    model(image())
+    own = by_site(tuner)
+    (_, u), (_, z), (_, found) = (seen[n] for n in ("norm2", "mlp", "drop_path2"))
+    assert_equal(found.detach(), (z + bypass(own["layers.1.blocks.0", "mlp"], u, 4, 4)).detach())
+    u = seen["norm1"][1]  # there the tokens keep their grid
+    assert u.shape == (2, 4, 4, 16)
+    beside = bypass(own["layers.1.blocks.0", "attention"], u.flatten(1, 2), 4, 4).view_as(u)
+    assert_equal(adapters["attention"](u, torch.zeros_like(u)).detach(), beside.detach())
+
+
+def test_convpass_leaves_the_text_tower_alone_and_refuses_it():
+    from open_clip.model import CLIP
+
+    vision = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}
+    model = CLIP(16, vision, {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 2})
+    tuner = vp.attach(model, M.Convpass(hidden=4))
+    assert {s.path.split(".")[0] for s in tuner.sites} == {"visual"} and len(tuner.sites) == 5
+    with pytest.raises(vp.errors.SiteError, match=r"transformer\.resblocks\.0.*grid"):
+        vp.attach(model, M.Convpass(hidden=4, targets="mlp"), name="b")
+
+
+def test_convpass_refuses_tokens_out_of_order():
+    model = timm.create_model("hiera_tiny_224", img_size=64, embed_dim=24, stages=(1, 1, 1, 1))
+    with pytest.raises(vp.errors.SiteError, match=r"blocks\.0.*Hiera.*grid"):
+        vp.attach(model, M.Convpass(targets="mlp"))
+
+
+def test_a_block_without_the_patch_embedding_has_no_grid():
+    model = vit()
+    vp.attach(model, M.Convpass(hidden=4), probe=False)
+    with pytest.raises(vp.errors.SiteError, match="patch embedding"):
+        model.blocks[0](torch.randn(1, 17, D, dtype=torch.float64))
+
+
+def test_paths_of_branch_and_bypass_drop_independently():
+    """In training x + dp(z) + dp'(C(u)): all four cases occur among many samples."""
+    model = vit(drop_path_rate=0.5)
+    tuner = shake(vp.attach(model, M.Convpass(hidden=4, dropout=0, targets="attention")))
+    model(image())
+    block, seen = model.blocks[1].train(), []
+    for module in (block.norm1, block.ls1, block.drop_path1):
+        module.register_forward_hook(lambda m, i, y: seen.append(y.detach()))
+    block(torch.randn(64, 17, D, dtype=torch.float64))
+    u, z, found = seen
+    beside = bypass(by_site(tuner)["blocks.1", "attention"], u, 4, 4).detach()
+    cases = {(a, b) for y, zi, ci in zip(found, z, beside, strict=True) for a in (0, 2) for b in (0, 2)
+             if float((y - a * zi - b * ci).abs().max()) < 1e-10}  # fmt: skip
+    assert cases == {(0, 0), (0, 2), (2, 0), (2, 2)}
+
+
+@pytest.mark.parametrize("init", ["identity", "xavier"])
+def test_convpass_starts_as_in_the_paper(init):
+    tuner = vp.attach(vit(), M.Convpass(hidden=5, init=init), train="head")
+    for t in filter(None, by_site(tuner).values()):
+        assert not any(t[name].any() for name in ("up_weight", "down_bias", "conv_bias", "up_bias"))
+        assert 0 < t["down_weight"].abs().max() <= (6 / (D + 5)) ** 0.5
+        centre = torch.zeros(5, 5, 3, 3, dtype=torch.float64)
+        centre[:, :, 1, 1] = torch.eye(5)
+        assert torch.equal(t["conv_weight"], centre) == (init == "identity")
+        assert t["conv_weight"].abs().max() <= (1 if init == "identity" else (6 / 90) ** 0.5)
+
+
+def test_parallel():
+    """x + MLP(u) + s Up(ReLU(Down u)), u what the MLP is given."""
+    model, x = vit(), image()
+    tuner = shake(vp.attach(model, M.ParallelAdapter(hidden=4, scale=1.5)))
+    own = by_site(tuner)
+
+    def mlp(p: str, h: Tensor, u: Tensor, z: Tensor) -> Tensor:
+        t = own[p, "mlp"]
+        return z + 1.5 * ((u @ t["down_weight"].T + t["down_bias"]).clamp(min=0) @ t["up_weight"].T + t["up_bias"])
+
+    compare(model, walk(model, x, mlp=mlp), x, tuner)

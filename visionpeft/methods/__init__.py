@@ -7,6 +7,8 @@ from visionpeft.methods.in_place import BitFit, FullFineTuning, LinearProbe, LNT
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.krona import KronA
 from visionpeft.methods.ssf import SSF
+from visionpeft.methods.convpass import Convpass
+from visionpeft.methods.parallel import ParallelAdapter
 from visionpeft.methods.vpt import VPT
 
 METHODS: dict[str, type[Method]] = {
@@ -22,11 +24,13 @@ METHODS: dict[str, type[Method]] = {
         VPT,
         FacTTT,
         FacTTK,
+        Convpass,
+        ParallelAdapter,
         LinearProbe,
         FullFineTuning,
     )
+        KronA,
+        PointGST,
 }
 
 __all__ = ["METHODS", *sorted(method.__name__ for method in METHODS.values())]
-        KronA,
-        PointGST,

@@ -1,0 +1,52 @@
+r"""Parallel adapters (He et al. 2021, arXiv 2110.04366; official code jxhe/unify-parameter-efficient-tuning).
+
+    x + z + scale * Up dropout(ReLU(Down u))      u is what the MLP is given, z = drop_path(MLP(u))
+
+In the paper's post-norm language models u is the stream itself. In pre-norm blocks it is the norm's output, which is
+used here; AdaptFormer is the same adapter on the stream. Down (hidden, D), Up (D, hidden), both with bias; Up and the
+biases start at zero. Does not merge.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionpeft.adapter import Adapter, factory
+from visionpeft.methods.bottleneck import Bottleneck, BottleneckAdapter
+from visionpeft.sites import Site
+
+
+@dataclass(frozen=True)
+class ParallelAdapter(Bottleneck):
+    """
+    Attributes:
+        scale: s; 4 in the paper's scaled form, 1 is the plain one.
+    """
+
+    key: ClassVar[str] = "parallel"
+    scale: float = 4.0
+
+    def build(self, site: Site, module: nn.Module) -> Adapter:
+        return NormedAdapter(self, site.shape[0], **factory(module))
+
+    def act(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    def reset(self, adapter: BottleneckAdapter) -> None:
+        nn.init.kaiming_uniform_(adapter.down_weight, a=math.sqrt(5))
+        for zero in (adapter.down_bias, adapter.up_weight, adapter.up_bias):
+            nn.init.zeros_(zero)
+
+    def combine(self, adapter: BottleneckAdapter, x: Tensor, z: Tensor) -> Tensor:
+        return z + self.scale * adapter.bottleneck(x).to(z.dtype)
+
+
+class NormedAdapter(BottleneckAdapter):
+    """Is given the output of the branch's norm."""
+
+    normed = True
