@@ -32,8 +32,11 @@ class Backbone:
 
 
 def build(backbone: Backbone, num_classes: int, *, pretrained: bool = True, drop_path: float = 0.0,
-          seed: int = 0) -> nn.Module:
+          seed: int = 0, any_size: bool = False) -> nn.Module:
     """Make the model with a fresh classifier of `num_classes`, all random draws from `seed`.
+
+    Args:
+        any_size: let it take images of any size, if it can (timm's dynamic_img_size).
 
     Raises:
         ModelError: the name is unknown, the checkpoint is missing or unfit, or a setting is not the model's.
@@ -41,21 +44,22 @@ def build(backbone: Backbone, num_classes: int, *, pretrained: bool = True, drop
     """
     if backbone.name in nano.ARCHITECTURES:
         seed_all(seed)
-        return _nano(backbone, num_classes, pretrained, drop_path)
-    return _timm(backbone, num_classes, pretrained, drop_path, seed)
+        return _nano(backbone, num_classes, pretrained, drop_path, any_size)
+    return _timm(backbone, num_classes, pretrained, drop_path, seed, any_size)
 
 
-def _nano(backbone: Backbone, num_classes: int, pretrained: bool, drop_path: float) -> nn.Module:
+def _nano(backbone: Backbone, num_classes: int, pretrained: bool, drop_path: float, any_size: bool) -> nn.Module:
     size = nano.ARCHITECTURES[backbone.name]["img_size"]
-    if backbone.checkpoint is not None or drop_path or backbone.img_size not in (None, size):
+    if backbone.checkpoint is not None or drop_path or not (any_size or backbone.img_size in (None, size)):
         raise ModelError(f"{backbone.name} is bundled: no --checkpoint, no --drop-path, images of {size} pixels")
-    model = nano.create(backbone.name, pretrained=pretrained, num_classes=num_classes)
+    model = nano.create(backbone.name, pretrained=pretrained, num_classes=num_classes, dynamic_img_size=any_size)
     # Its own ten classes are CIFAR-10's: a data set of ten others must not start from their head.
     model.reset_classifier(num_classes)
     return model
 
 
-def _timm(backbone: Backbone, num_classes: int, pretrained: bool, drop_path: float, seed: int) -> nn.Module:
+def _timm(backbone: Backbone, num_classes: int, pretrained: bool, drop_path: float, seed: int,
+          any_size: bool) -> nn.Module:
     timm = require("timm", extra="timm")
     name = backbone.name
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
@@ -64,6 +68,8 @@ def _timm(backbone: Backbone, num_classes: int, pretrained: bool, drop_path: flo
     options: dict[str, Any] = {"num_classes": num_classes}
     if backbone.img_size is not None:
         options["img_size"] = backbone.img_size
+    if any_size:
+        options["dynamic_img_size"] = True
     if drop_path:
         options["drop_path_rate"] = drop_path
     if pretrained and backbone.checkpoint is not None:
@@ -93,9 +99,10 @@ def _create(timm: Any, name: str, pretrained: bool, options: dict[str, Any]) -> 
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
-        if "img_size" in options and "img_size" in str(error):
-            # Convolutional models take any size and know no such argument.
-            return _create(timm, name, pretrained, {k: v for k, v in options.items() if k != "img_size"})
+        for option in ("dynamic_img_size", "img_size"):
+            if option in options and f"'{option}'" in str(error):
+                # Convolutional models take any size and know no such argument.
+                return _create(timm, name, pretrained, {k: v for k, v in options.items() if k != option})
         raise ModelError(f"{name} cannot be made with {options}: {error}") from error
     except (RuntimeError, OSError, KeyError) as error:
         raise ModelError(f"the weights of {name} cannot be loaded: {error}. Offline, give --checkpoint") from error

@@ -20,13 +20,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def create(name: str = "nano_vit", pretrained: bool = True, num_classes: int = 10) -> VisionTransformer:
+def create(name: str = "nano_vit", pretrained: bool = True, num_classes: int = 10,
+           dynamic_img_size: bool = False) -> VisionTransformer:
     """Make the model, in train mode as timm does.
 
     Args:
         name: a key of `ARCHITECTURES`.
         pretrained: load the bundled weights; otherwise timm's random start (seed torch beforehand).
         num_classes: 10 keeps the CIFAR-10 head (`CLASSES`); any other number gets a fresh head, 0 none.
+        dynamic_img_size: take images of any multiple of the patch, the positions interpolated.
 
     Raises:
         VisionPEFTError: no such name.
@@ -35,7 +37,8 @@ def create(name: str = "nano_vit", pretrained: bool = True, num_classes: int = 1
     if name not in ARCHITECTURES:
         raise VisionPEFTError(f"no nano model is called {name!r}: choose one of {', '.join(ARCHITECTURES)}")
     timm_vit = require("timm.models.vision_transformer", extra="timm")
-    model = timm_vit.VisionTransformer(**ARCHITECTURES[name], num_classes=10 if pretrained else num_classes)
+    model = timm_vit.VisionTransformer(**ARCHITECTURES[name], num_classes=10 if pretrained else num_classes,
+                                       dynamic_img_size=dynamic_img_size)
     if pretrained:
         model.load_state_dict(_weights(name))
         if num_classes != 10:
