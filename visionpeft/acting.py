@@ -49,7 +49,11 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, adapters: Sequence[Adapter], 
     while rest and (found := _part(rest[0], w.shape[0], start)) is not None:
         parts.append(found)
         rest.pop(0)
-    y = lowrank.linear(x, w, b, parts, plain=not fused) if parts else nn.functional.linear(x, w, b)
+    after = _rescaling(rest, w.shape[0], start)
+    if parts or after:
+        y = lowrank.linear(x, w, b, parts, after, plain=not fused)
+    else:
+        y = nn.functional.linear(x, w, b)
     return _add(x, y, rest, w.shape[0], start)
 
 
@@ -61,6 +65,35 @@ def _add(x: Tensor, y: Tensor, adapters: Sequence[Adapter], out: int, start: int
         else:
             y = on_rows(adapter, x, y, start)
     return y
+
+
+def _rescaling(rest: list[Adapter], out: int, start: int) -> lowrank.Rescale | None:
+    """Take the adapters that scale and shift off the front of `rest`, while their rows follow one another."""
+    taken: list[tuple[int, int, lowrank.Rescale]] = []
+    while rest and rest[0].strength == 1 and (found := rest[0].scale_shift()) is not None:
+        lo, hi = (r - start for r in rest[0].rows or (start, start + out))
+        if taken and lo < taken[-1][1]:
+            break
+        taken.append((lo, hi, lowrank.Rescale(*found)))
+        rest.pop(0)
+    if len(taken) < 2 and all((lo, hi) == (0, out) for lo, hi, _ in taken):
+        return taken[0][2] if taken else None
+    return _side_by_side(taken, out)
+
+
+def _side_by_side(taken: Sequence[tuple[int, int, lowrank.Rescale]], out: int) -> lowrank.Rescale:
+    """One rescaling of all rows; rows that nobody took keep gamma 1 and beta 0."""
+    gammas, betas, at = [], [], 0
+    for lo, hi, found in [*taken, (out, out, None)]:
+        first = taken[0][2].gamma
+        gammas.append(first.new_ones(lo - at))
+        betas.append(first.new_zeros(lo - at))
+        if found is not None:
+            gammas.append(found.gamma)
+            betas.append(found.beta)
+        at = hi
+    sources = {found.source for *_, found in taken}
+    return lowrank.Rescale(torch.cat(gammas), torch.cat(betas), sources.pop() if len(sources) == 1 else "kept")
 
 
 def _part(adapter: Adapter, out: int, start: int) -> lowrank.Part | None:
@@ -177,14 +210,20 @@ class BlockSite(Mixin):
     layer = 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        adapters = self.peft.acting("block")
+        adapters = self.peft.acting("block", "stage")
         try:
             for adapter in adapters:
-                args, kwargs = _with_first(args, kwargs, adapter.before(_first(args, kwargs)))
+                if args:
+                    args = adapter.arguments(*args)
+                else:
+                    args, kwargs = _with_first(args, kwargs, adapter.before(_first(args, kwargs)))
+            for tap in self.peft.taps:
+                tap.rest = args[1:]
             y = super().forward(*args, **kwargs)  # type: ignore[misc]
             for adapter in reversed(adapters):
                 y = adapter.after(y)
             return y
         finally:
             for tap in self.peft.taps:
+                tap.rest = ()
                 tap.x = tap.y = None

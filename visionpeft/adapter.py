@@ -200,6 +200,10 @@ class Method:
         """What tensors that learn in place begin with, where it is not what the model has: a wider classifier."""
         return {}
 
+    def shares(self, key: tuple[str, str], backbone: Backbone) -> str | None:
+        """Name of the group of tensors that learn as one copy with this one, None for those that are one already."""
+        return None
+
     def summary(self) -> str:
         """The method with the fields that are not at their defaults: LoRA(rank=4)."""
         given = [f"{f.name}={v!r}" for f in fields(self) if (v := getattr(self, f.name)) != f.default]

@@ -1,10 +1,12 @@
-"""A Linear and all its low-rank deltas in one autograd function.
+"""A Linear, all its low-rank deltas, and a scale and shift behind them, in one autograd function.
 
-    y = x W^T + b,   y[..., lo:hi] += scale * (drop(x) A^T) B^T     for every part (lo, hi, scale, A, B, dropout)
+    z = x W^T + b,   z[..., lo:hi] += scale * (drop(x) A^T) B^T     for every part (lo, hi, scale, A, B, dropout)
+    y = gamma * z + beta                                            for a rescaling (gamma, beta, source), if any
 
-Kept for backward: x A^T of each part (r numbers a token), the parameters, and what rebuilds x (`memory.recipe`).
-Dropout masks are drawn again from a seed. Plain torch does the same where autograd must see every step: under
-compile and torch.func transforms, on meta tensors, and for double backward once `tuner.fused` is False.
+Kept for backward: x A^T of each part (r numbers a token), the parameters, what rebuilds x (`memory.recipe`), and what
+the rescaling's source says. Dropout masks are drawn again from a seed. Plain torch does the same where autograd must
+see every step: under compile and torch.func transforms, on meta tensors, and for double backward once `tuner.fused`
+is False.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
 from visionpeft.errors import VisionPEFTError
-from visionpeft.memory import recipe
+from visionpeft.memory import has_saved_tensor_hooks, recipe
 
 
 class Part(NamedTuple):
@@ -32,7 +34,21 @@ class Part(NamedTuple):
     dropout: float = 0.0
 
 
-def linear(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], plain: bool = False) -> Tensor:
+class Rescale(NamedTuple):
+    """gamma and beta (out): y = gamma * z + beta.
+
+    `source` is where backward has z from, which the gradient of gamma needs. "output": from y, which costs nothing
+    where the next operation keeps y anyway (attention, GELU). "input": the Linear is computed again, from x, which must
+    cost nothing either; so it is too if y was written since. "kept": z stays.
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    source: str = "kept"
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], after: Rescale | None = None,
+           plain: bool = False) -> Tensor:  # fmt: skip
     """x (..., in), w (out, in), b (out) -> (..., out): the Linear with its deltas; a fresh tensor, never a view.
 
     The result has the dtype that the plain Linear would give: that of autocast, else of x and w; adapters follow.
@@ -41,24 +57,51 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], plain:
     autocast = not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(x.dtype, w.dtype)
     mixed = not autocast and x.dtype != w.dtype  # torch has its own error for that
-    if plain or mixed or torch.compiler.is_compiling() or x.is_meta or peek_interpreter_stack() is not None:
-        return _plain(x, w, b, parts, dtype)
+    if plain or mixed or is_traced(x):
+        return _plain(x, w, b, parts, after, dtype)
     seed = int(torch.randint(2**62, ())) if any(p.dropout for p in parts) else 0
     spec = [_Spec(p.lo, p.hi, p.scale, p.dropout, seed + i) for i, p in enumerate(parts)]
     ab = [t for p in parts for t in (p.a, p.b)]
     with torch.autocast(device, enabled=False):
         if not torch.is_grad_enabled():
-            return _compute(x, w, b, spec, dtype, ab)[0]
-        found = recipe(x) if x.requires_grad else None
-        make, tensors = found or (None, (x,))
-        return _Fused.apply(x, w, b, spec, dtype, make, len(tensors), *tensors, *ab)
+            z = _compute(x, w, b, spec, dtype, ab)[0]
+            return z if after is None else _rescale(z, after.gamma, after.beta, out=z)
+        source, make, tensors = _sources(x, w, bool(parts), after)
+        gamma, beta, _ = after or (None, None, "")
+        y = _Fused.apply(x, w, b, gamma, beta, source, spec, dtype, make, len(tensors), *tensors, *ab)
+    if source == "output" and y.grad_fn is not None:
+        y.grad_fn.y, y.grad_fn.version = y.detach(), y._version  # not y itself: a node that holds it is never freed
+    return y
 
 
-def _plain(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+def is_traced(x: Tensor) -> bool:
+    """Whether every step must be seen: by torch.compile, by a torch.func transform, or because `x` has no values."""
+    return torch.compiler.is_compiling() or x.is_meta or peek_interpreter_stack() is not None
+
+
+def _sources(x: Tensor, w: Tensor, parts: bool,
+             after: Rescale | None) -> tuple[str, Callable[..., Tensor] | None, tuple[Tensor, ...]]:  # fmt: skip
+    """Where backward has z from, and x: from a recipe and its tensors, from x itself, or not at all."""
+    found = recipe(x) if x.requires_grad else None
+    needs_x = parts or w.requires_grad
+    source = "" if after is None else after.source
+    if source == "output" and (not (needs_x or found) or has_saved_tensor_hooks()):
+        source = "kept"  # y may be written to, and then x is needed after all
+    if needs_x or source in ("input", "output"):
+        return source, *(found or (None, (x,)))
+    return source, None, ()
+
+
+def _rescale(z: Tensor, gamma: Tensor, beta: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.addcmul(beta.to(z.dtype), z, gamma.to(z.dtype), out=out)
+
+
+def _plain(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], after: Rescale | None,
+           dtype: torch.dtype) -> Tensor:  # fmt: skip
     y = F.linear(x, w, b)
     for part in parts:
         y = y + delta(x, part, w.shape[0], dtype)
-    return y
+    return y if after is None else _rescale(y, after.gamma, after.beta)
 
 
 def delta(x: Tensor, p: Part, out: int, dtype: torch.dtype) -> Tensor:
@@ -100,32 +143,59 @@ def _compute(x: Tensor, w: Tensor, b: Tensor | None, spec: Sequence[_Spec], dtyp
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, spec: list[_Spec], dtype: torch.dtype,
-                make: Callable[..., Tensor] | None, kept: int, *tensors: Tensor) -> Tensor:  # fmt: skip
-        source, ab = tensors[:kept], tensors[kept:]
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+                source: str, spec: list[_Spec], dtype: torch.dtype, make: Callable[..., Tensor] | None, kept: int,
+                *tensors: Tensor) -> Tensor:  # fmt: skip
+        rebuilt, ab = tensors[:kept], tensors[kept:]
         out, hs = _compute(x, w, b, spec, dtype, ab)
-        ctx.spec, ctx.dtype, ctx.make, ctx.kept = spec, dtype, make, kept
-        ctx.x_shape, ctx.x_dtype, ctx.b_dtype = x.shape, x.dtype, b if b is None else b.dtype
-        ctx.save_for_backward(w, *ab, *hs, *source)
-        return out
+        y = out if gamma is None or beta is None else _rescale(out, gamma, beta, None if source == "kept" else out)
+        again = [out] if source == "kept" else []
+        ctx.source, ctx.spec, ctx.dtype, ctx.make, ctx.kept = source, spec, dtype, make, kept
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.save_for_backward(w, b, gamma, beta, *ab, *hs, *rebuilt, *again)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        w, *rest = ctx.saved_tensors
+        w, b, gamma, beta, *rest = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise VisionPEFTError("double backward through fused adapters: set tuner.fused = False for plain torch")
         n, dtype = len(ctx.spec), ctx.dtype
-        ab, hs, source = rest[: 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
+        ab, hs, rest = rest[: 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
         with torch.autocast(dy.device.type, enabled=False):
-            x = ctx.make(*source) if ctx.make else source[0]
-            x2 = x.to(dtype).reshape(-1, ctx.x_shape[-1])
+            kept = rest[: ctx.kept]
+            x = ctx.make(*kept) if ctx.make else kept[0] if kept else None
+            x2 = None if x is None else x.to(dtype).reshape(-1, ctx.x_shape[-1])
             d2 = dy.to(dtype).reshape(-1, dy.shape[-1])
+            dgamma = dbeta = None
+            if gamma is not None:
+                y = _take_output(ctx)
+                z = rest[-1] if ctx.source == "kept" else None
+                if y is None and z is None:
+                    z = _compute(x2, w, b, ctx.spec, dtype, ab)[0]
+                dgamma, dbeta = _rescale_grads(d2, y, z, gamma, beta)
+                d2 = d2 * gamma.to(dtype)
             dx = d2 @ w.to(dtype) if ctx.needs_input_grad[0] else None
-            grads = _part_grads(x2, d2, dx, ctx.spec, ab, hs)
+            grads = _part_grads(x2, d2, dx, ctx.spec, ab, hs) if n else []
             dw = (d2.t() @ x2).to(w.dtype) if ctx.needs_input_grad[1] else None
-            db = d2.sum(0).to(ctx.b_dtype) if ctx.needs_input_grad[2] else None
+            db = d2.sum(0).to(b.dtype) if ctx.needs_input_grad[2] else None
         dx = None if dx is None else dx.view(ctx.x_shape).to(ctx.x_dtype)
-        return dx, dw, db, None, None, None, None, *[None] * ctx.kept, *grads
+        return dx, dw, db, dgamma, dbeta, *[None] * (5 + ctx.kept), *grads
+
+
+def _take_output(ctx: Any) -> Tensor | None:
+    """The output, if it is at hand and nobody wrote to it; given up at once, as autograd gives up what it saved."""
+    y, ctx.y = getattr(ctx, "y", None), None
+    return y if y is not None and y._version == ctx.version else None
+
+
+def _rescale_grads(d2: Tensor, y: Tensor | None, z: Tensor | None, gamma: Tensor,
+                   beta: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of gamma and beta from z, or from y = gamma z + beta; summed in gamma's precision."""
+    dbeta = d2.sum(0, dtype=gamma.dtype)
+    if y is None:
+        return (d2 * z.view_as(d2)).sum(0, dtype=gamma.dtype), dbeta  # type: ignore[union-attr]
+    return ((d2 * y.view_as(d2)).sum(0, dtype=gamma.dtype) - beta * dbeta) / gamma, dbeta
 
 
 def _down(x2: Tensor, spec: Sequence[_Spec], downs: Sequence[Tensor]) -> list[Tensor]:
@@ -133,8 +203,8 @@ def _down(x2: Tensor, spec: Sequence[_Spec], downs: Sequence[Tensor]) -> list[Te
     if any(s.dropout for s in spec):
         xs = (_mask(x2, s.dropout, s.seed).mul_(x2) if s.dropout else x2 for s in spec)
         return [x @ a.to(x2.dtype).t() for x, a in zip(xs, downs, strict=True)]
-    if len(downs) == 1:
-        return [x2 @ downs[0].to(x2.dtype).t()]
+    if len(downs) < 2:
+        return [x2 @ a.to(x2.dtype).t() for a in downs]
     h = x2 @ torch.cat(list(downs)).to(x2.dtype).t()
     return list(h.split([a.shape[0] for a in downs], 1))
 

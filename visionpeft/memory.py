@@ -50,6 +50,11 @@ def recipe(x: Tensor) -> Recipe | None:
     return Recipe(lambda *t: make(*t).as_strided(size, stride, offset), tuple(t.detach() for t in found.tensors))
 
 
+def has_saved_tensor_hooks() -> bool:
+    """Whether what autograd saves now goes through a hook, of checkpointing or offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def _saved(node: Any, *names: str) -> list[Any] | None:
     """What a node saved under these names, or None where a hook holds one of them or one was overwritten since."""
     raw = [getattr(node, f"_raw_saved_{name}") for name in names]

@@ -3,9 +3,12 @@ r"""SSF, scale and shift of deep features (Lian et al. 2022, arXiv 2210.08823; o
     y = gamma * z + beta        on the output z of every operation, per channel
 
 gamma ~ N(1, 0.02), beta ~ N(0, 0.02): not the identity at the start, as in the paper. Sites: patch embedding, norms,
-qkv, attention output and both MLP layers: 74 on ViT-B/16. After a norm with weight and bias the two are folded into
-them. Merges into weight and bias; refused where there is no bias to take beta, or where the module treats its weight
-before use (weight standardisation).
+qkv, attention output and both MLP layers: 74 on ViT-B/16. After a norm with weight and bias, and after a conv with
+bias, the two are folded into these. Merges into weight and bias; refused where there is no bias to take beta, or where
+the module treats its weight before use (weight standardisation).
+
+The gradient of gamma needs z. What goes into attention or the MLP's non-linearity is kept by these anyway and z is
+had from it, (y - beta) / gamma; elsewhere z is kept, or computed again at the sites of `recompute`.
 """
 
 from __future__ import annotations
@@ -19,13 +22,27 @@ from torch import Tensor, nn
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.binding import base_class
 from visionpeft.errors import MergeError
+from visionpeft.lowrank import is_traced
 from visionpeft.sites import Backbone, Site
+
+_KEPT_BEHIND = frozenset({"qkv", "query", "key", "value", "mlp_in"})
+"""Roles whose output the next operation keeps for its own backward."""
+_LEAST = 0.05
+"""Smallest |gamma| that is inverted: below, the rounding of y weighs too much in z."""
 
 
 @dataclass(frozen=True)
 class SSF(Method):
+    """
+    Attributes:
+        recompute: roles of Linears whose output is computed again in backward, instead of kept. "attn_out mlp_out"
+            keeps nothing that the frozen ViT would not keep, "" keeps both and is the fastest.
+    """
+
     key: ClassVar[str] = "ssf"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "norm"})
+
+    recompute: str = "attn_out"
 
     def default_targets(self, backbone: Backbone) -> str:
         """Every Linear, conv and norm: "after every operation"."""
@@ -35,21 +52,24 @@ class SSF(Method):
 
     def build(self, site: Site, module: nn.Module) -> Adapter:
         own = module._parameters
-        folds = site.kind == "norm" and own.get("weight") is not None and own.get("bias") is not None
         standardised = "Std" in base_class(module).__name__
+        whole = own.get("weight") is not None and own.get("bias") is not None
+        folds = whole and not standardised and site.kind in ("norm", "conv")
         channels_first = site.kind == "norm" and "2d" in base_class(module).__name__
         dims = len(site.shape) - 2 if site.kind == "conv" else 2 if channels_first else 0
-        return SSFAdapter(site.shape[0], dims, folds, standardised, **factory(module))
+        source = "input" if site.role in self.recompute.split() else "output" if site.role in _KEPT_BEHIND else "kept"
+        return SSFAdapter(site.shape[0], dims, folds, standardised, source, **factory(module))
 
 
 class SSFAdapter(Adapter):
     """gamma, beta (channels); `dims` spatial dimensions follow the channels of the output."""
 
-    def __init__(self, channels: int, dims: int, folds: bool, standardised: bool, **kw: Any) -> None:
+    def __init__(self, channels: int, dims: int, folds: bool, standardised: bool, source: str, **kw: Any) -> None:
         super().__init__()
-        self.dims, self.folds, self.standardised = dims, folds, standardised
+        self.dims, self.folds, self.standardised, self.source = dims, folds, standardised, source
         self.gamma = nn.Parameter(torch.empty(channels, **kw))
         self.beta = nn.Parameter(torch.empty(channels, **kw))
+        self._looked_at: tuple[int, bool] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -59,6 +79,19 @@ class SSFAdapter(Adapter):
     @property
     def on_weight(self) -> bool:
         return self.folds
+
+    def scale_shift(self) -> tuple[Tensor, Tensor, str] | None:
+        source = "kept" if self.source == "output" and not self._invertible() else self.source
+        return self.gamma, self.beta, source
+
+    def _invertible(self) -> bool:
+        """Whether no gamma is near zero; looked at once per update, since the answer has to come to the host."""
+        if is_traced(self.gamma):
+            return True  # plain torch runs there, and keeps what it needs
+        version = self.gamma._version
+        if self._looked_at is None or self._looked_at[0] != version:
+            self._looked_at = version, bool(self.gamma.detach().abs().min() > _LEAST)
+        return self._looked_at[1]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shape = (-1, *[1] * self.dims)
