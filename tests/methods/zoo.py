@@ -118,6 +118,8 @@ ONLY: dict[str, tuple[str, ...]] = {
     "fact_tk": ("vit", "convnext"),
     "convpass": ("vit", "dinov2", "clip"),
     "parallel": ("vit", "swinv2"),
+    "repadapter": ("vit", "convnext"),
+    "hydra": ("vit", "clip"),
 }
 
 # Hyper-parameters that fit the tiny widths; whatever is not named here keeps its default.

@@ -15,6 +15,9 @@ BASE = {  # ViT-B/16, without head
     "convpass": (M.Convpass(), 327_552),
     "convpass attention": (M.Convpass(attention_only=True), 163_776),
     "parallel 8": (M.ParallelAdapter(hidden=8), 156_768),
+    "repadapter": (M.RepAdapter(), 239_808),
+    "repadapter attention": (M.RepAdapter(targets="qkv"), 119_904),
+    "hydra": (M.Hydra(), 239_712),
 }
 
 LARGE = {  # D = 1024, L = 24
@@ -22,6 +25,8 @@ LARGE = {  # D = 1024, L = 24
     "fact_tk": (M.FacTTK(rank=8), 2 * 1024 * 8 + 8**3 + 12 * 24 * 8),
     "convpass": (M.Convpass(hidden=8), 2 * 24 * (2 * 1024 * 8 + 9 * 64 + 2 * 8 + 1024)),
     "parallel": (M.ParallelAdapter(hidden=8), 24 * (2 * 1024 * 8 + 8 + 1024)),
+    "repadapter": (M.RepAdapter(), 2 * 24 * (1024 * 8 + 8 + 1024 * 4 + 1024)),
+    "hydra": (M.Hydra(rank=4), 24 * (5 * 1024 * 4 + 4 + 1024 + 3 * (2 * 1024 * 4 + 4 + 1024))),
 }
 
 

@@ -252,3 +252,89 @@ def test_parallel():
         return z + 1.5 * ((u @ t["down_weight"].T + t["down_bias"]).clamp(min=0) @ t["up_weight"].T + t["up_bias"])
 
     compare(model, walk(model, x, mlp=mlp), x, tuner)
+
+
+# ---- RepAdapter and Hydra -------------------------------------------------------------------------------------------
+
+
+def pair(t: dict[str, Tensor], u: Tensor, name: str = "") -> Tensor:
+    """Up (Down u + b_down) + b_up."""
+    return (u @ t[f"{name}down_weight"].T + t[f"{name}down_bias"]) @ t[f"{name}up_weight"].T + t[f"{name}up_bias"]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_repadapter(groups):
+    """y = W (u + s B (A u + b_A) + s b_B) + b before qkv and fc1, B a grouped 1x1 conv; merged it is the same."""
+    model, x = vit(), image()
+    tuner = shake(vp.attach(model, M.RepAdapter(hidden=4, groups=groups, scale=0.7)))
+    own = by_site(tuner)
+    assert len(own) == 4
+
+    def op(path: str, u: Tensor, y: Tensor) -> Tensor:
+        if (path, "") not in own:
+            return y
+        t, m = own[path, ""], model.get_submodule(path)
+        h = (u @ t["down_weight"].T + t["down_bias"]).transpose(1, 2)
+        beside = nn.functional.conv1d(h, t["up_weight"].unsqueeze(-1), t["up_bias"], groups=groups).transpose(1, 2)
+        return (u + 0.7 * beside) @ m.weight.T + m.bias
+
+    expected = walk(model, x, op)
+    compare(model, expected, x, tuner)
+    tuner.merge()
+    assert_equal(model(x).detach(), expected.detach())
+
+
+def test_repadapter_acts_on_what_stands_before_it():
+    """LoRA, RepAdapter, LoRA at one site: W2 = (W + L1)(1 + R) + L2, unmerged and merged."""
+    model = vit()
+    linear, u = model.blocks[0].mlp.fc1, torch.randn(2, 5, D, dtype=torch.float64)
+    w, b = linear.weight.clone(), linear.bias.clone()
+    methods = {"a": vp.LoRA(rank=2, targets="mlp_in"), "r": M.RepAdapter(hidden=4, targets="mlp_in"),
+               "z": vp.LoRA(rank=2, targets="mlp_in")}  # fmt: skip
+    tuners = {name: shake(vp.attach(model, m, name=name, probe=False)) for name, m in methods.items()}
+    own = {name: by_site(t)["blocks.0.mlp.fc1", ""] for name, t in tuners.items()}
+    r = own["r"]
+    up = torch.block_diag(*r["up_weight"].chunk(2))
+    first = w + own["a"]["b"] @ own["a"]["a"]
+    expected = (u + (u @ r["down_weight"].T + r["down_bias"]) @ up.T + r["up_bias"]) @ first.T + b
+    expected = expected + u @ (own["z"]["b"] @ own["z"]["a"]).T
+    assert_equal(linear(u).detach(), expected.detach())
+    for tuner in tuners.values():
+        tuner.merge()
+    assert_equal(linear(u).detach(), expected.detach())
+
+
+def test_repadapter_refuses_rows_and_attention_that_reads_its_weights():
+    with pytest.raises(vp.errors.SiteError, match=r"qkv:query.*whole nn\.Linear"):
+        vp.attach(vit(), M.RepAdapter(targets="query"))
+    with pytest.raises(vp.errors.SiteError, match=r"self_attn.*whole nn\.Linear"):
+        vp.attach(nn.TransformerEncoderLayer(8, 2, 16), M.RepAdapter(targets="value"))
+    with pytest.raises(vp.errors.SiteError, match="5 groups"):
+        vp.attach(vit(), M.RepAdapter(hidden=5, groups=5))
+
+
+def test_hydra():
+    """y = f(x) + s (P(x) + S(f(x))) on proj and fc2; merged it is the same, in attention too."""
+    model, x = vit(), image()
+    tuner = shake(vp.attach(model, M.Hydra(rank=2, scale=0.7)))
+    own = by_site(tuner)
+    assert {p.rpartition(".")[2] for p, _ in own} == {"proj", "fc2"}
+
+    def op(path: str, u: Tensor, y: Tensor) -> Tensor:
+        t = own.get((path, ""))
+        return y if t is None else y + 0.7 * (pair(t, u, "parallel.") + pair(t, y, "sequential."))
+
+    expected = walk(model, x, op)
+    compare(model, expected, x, tuner)
+    tuner.merge()
+    assert_equal(model(x).detach(), expected.detach())
+
+
+@pytest.mark.parametrize("method", [M.RepAdapter(), M.Hydra()], ids=lambda m: m.key)
+def test_biased_deltas_do_not_merge_where_there_is_no_bias(method):
+    model = vit(qkv_bias=False, proj_bias=False)
+    shake(tuner := vp.attach(model, method))
+    before = model.blocks[0].attn.proj.weight
+    with pytest.raises(vp.errors.MergeError, match=r"attn\.(qkv|proj).*bias"):
+        tuner.merge()
+    assert model.blocks[0].attn.proj.weight is before

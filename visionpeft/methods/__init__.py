@@ -9,6 +9,8 @@ from visionpeft.methods.krona import KronA
 from visionpeft.methods.ssf import SSF
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.parallel import ParallelAdapter
+from visionpeft.methods.repadapter import RepAdapter
+from visionpeft.methods.hydra import Hydra
 from visionpeft.methods.vpt import VPT
 
 METHODS: dict[str, type[Method]] = {
@@ -26,6 +28,8 @@ METHODS: dict[str, type[Method]] = {
         FacTTK,
         Convpass,
         ParallelAdapter,
+        RepAdapter,
+        Hydra,
         LinearProbe,
         FullFineTuning,
     )
