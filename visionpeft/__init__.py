@@ -11,6 +11,7 @@ from visionpeft.methods import METHODS
 from visionpeft.methods.bottleneck import AdaptFormer
 from visionpeft.methods.krona import KronA
 from visionpeft.methods.lora import LoRA
+from visionpeft.methods.pointgst import PointGST
 from visionpeft.methods.ssf import SSF
 from visionpeft.sites import Site, inspect
 from visionpeft.state import load
@@ -22,8 +23,9 @@ __all__ = [
     "SSF",
     "AdaptFormer",
     "DeadAdapterError",
-    "LoRA",
     "KronA",
+    "LoRA",
+    "PointGST",
     "Site",
     "Tuner",
     "VisionPEFTError",

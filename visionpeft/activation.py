@@ -131,13 +131,13 @@ def refresh(backbone: Backbone) -> None:
         return
     names = tuple(name for name in found.order if found.tuners[name].merged is None)
     thawed = any(not found.tuners[name].method.freezes_statistics for name in found.order)
+    settle(backbone)
     for root in backbone.roots.values():
         for _, module, held in binding.holders(root):
-            held.active, held.thawed = names, thawed
+            held.active, held.thawed = names, thawed or "running_mean" in held.live  # of a classifier that learns
             binding.throw_switches(module, held, names)
             if isinstance(module, binding.FrozenStatistics):
-                module.training = thawed and root.training
-    settle(backbone)
+                module.training = held.thawed and root.training
 
 
 def release_samples(backbone: Backbone) -> None:

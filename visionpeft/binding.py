@@ -31,6 +31,7 @@ class Tap:
     """Input x and output y of the first module of a residual branch, kept until its last."""
 
     x: Tensor | None = None
+    rest: tuple[Any, ...] = ()  # what the block was given besides its tokens
     y: Tensor | None = None
 
 

@@ -136,7 +136,8 @@ class Tuner:
         """Refuse strengths that mean nothing here."""
         if not math.isfinite(value):
             raise VisionPEFTError(f"{self.name!r}: a scale must be a finite number, not {value}")
-        whole = next((a for a in self.adapters.values() if a.overrides("before") or a.overrides("after")), None)
+        acts = ("arguments", "before", "after")
+        whole = next((a for a in self.adapters.values() if any(map(a.overrides, acts))), None)
         if value != 1 and whole is not None:
             raise VisionPEFTError(f"{type(self.method).__name__} acts wholly or not at all: it has no scale {value}")
 

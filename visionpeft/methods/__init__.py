@@ -9,6 +9,7 @@ from visionpeft.methods.krona import KronA
 from visionpeft.methods.ssf import SSF
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.parallel import ParallelAdapter
+from visionpeft.methods.pointgst import PointGST
 from visionpeft.methods.repadapter import RepAdapter
 from visionpeft.methods.hydra import Hydra
 from visionpeft.methods.vpt import VPT
@@ -32,9 +33,9 @@ METHODS: dict[str, type[Method]] = {
         Hydra,
         LinearProbe,
         FullFineTuning,
-    )
         KronA,
         PointGST,
+    )
 }
 
 __all__ = ["METHODS", *sorted(method.__name__ for method in METHODS.values())]
