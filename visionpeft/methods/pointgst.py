@@ -1,0 +1,160 @@
+r"""PointGST: adapters in the graph spectrum of a point cloud (Liang et al. 2024, arXiv 2410.08114; official code
+jerryfeng2003/PointGST).
+
+Beside the MLP branch of every block, with x (B, T, D) the residual stream before its norm, G of the T tokens patches:
+
+    h = W_d x,  s = h of the patches                            W_d (r, D) drawn, with bias
+    u(z) = z + SiLU(T LN(z))                                    T (r, r) zero, shared by global and local
+    g = U u_1(U^T s)                                            U: spectrum of all centres
+    l = P^-1 U_i u_2(U_i^T P s)                                 U_i: of groups of k centres along a Morton curve P
+    x + mlp(x) + W_u (SiLU(h) + [g + l on the patches])         W_u (D, r) zero, with bias: identity at the start
+
+29,544 parameters a block of width 384. The spectra are computed once a forward and shared by all blocks. The class
+token and its position learn too, and so should the classifier: `train="head"`. Does not merge.
+
+Departures of the released code are mended, see `visionpeft.models.point_spectrum`; `legacy=True` keeps them, and lets
+the BatchNorms of the frozen encoder drift in training as all official runs of this family do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionpeft import backbones
+from visionpeft.adapter import Adapter, Method, factory
+from visionpeft.errors import SiteError
+from visionpeft.models.point_spectrum import Spectra, Spectrum
+from visionpeft.models.point_ops import take
+from visionpeft.sites import Backbone, Site, inside
+
+
+@dataclass(frozen=True)
+class PointMethod(Method):
+    """A method for the point transformers of this library, whose class token and position learn in place.
+
+    Attributes:
+        legacy: numbers of the released code where they differ from the paper, and BatchNorms of the frozen encoder
+            that follow the training data; the method's file says what else.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"branch"})
+
+    legacy: bool = False
+
+    @property
+    def freezes_statistics(self) -> bool:  # type: ignore[override]
+        return not self.legacy
+
+    def default_targets(self, backbone: Backbone) -> str:
+        return "mlp"
+
+    def choose(self, backbone: Backbone) -> list[Site]:
+        if not any(site.kind == "stage" for site in backbone.sites()):
+            raise SiteError(
+                f"{type(self).__name__} needs a point transformer with its stages (visionpeft.models."
+                "point_transformer), whose blocks are given the centres of their tokens"
+            )
+        return super().choose(backbone)
+
+    def learns(self, sites: Sequence[Site], backbone: Backbone) -> list[tuple[str, str]]:
+        found = [(path, name) for path, _, name in backbone.named_tensors() if name in ("cls_token", "cls_pos")]
+        if self.legacy:
+            from visionpeft.attaching import statistics
+
+            found += [key for key in statistics(backbone) if not inside(key[0], backbone.heads())]
+        return found
+
+
+def point_block(site: Site, module: nn.Module) -> str | None:
+    """Why a block is given no centres, or None if it is."""
+    lib = backbones.library(module)
+    return None if lib is not None and lib.name == "visionpeft" else "its block is given no centres of points"
+
+
+@dataclass(frozen=True)
+class PointGST(PointMethod):
+    """
+    Attributes:
+        rank: width r of the adapters.
+        local: centres k in a group; all of them where there are fewer.
+    """
+
+    key: ClassVar[str] = "pointgst"
+
+    rank: int = 36
+    local: int = 32
+
+    def refuses(self, site: Site, module: nn.Module) -> str | None:
+        return super().refuses(site, module) or point_block(site, module)
+
+    def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
+        spectra = Spectra(self.local, self.legacy)
+        return {
+            site: SpectralAdapter(self, spectra, site.shape[0], **factory(backbone.module(site.path))) for site in sites
+        }
+
+
+class SpectralAdapter(Adapter):
+    """down (r, D), up (D, r), turn (r, r), each with its bias; weights and biases (r) of the two norms."""
+
+    def __init__(self, method: PointGST, spectra: Spectra, width: int, **kw: Any) -> None:
+        super().__init__()
+        r = method.rank
+        self.spectra, self.legacy = spectra, method.legacy
+        shapes = {"down": (r, width), "up": (width, r), "turn": (r, r)}
+        for name, shape in shapes.items():
+            setattr(self, f"{name}_weight", nn.Parameter(torch.empty(shape, **kw)))
+            setattr(self, f"{name}_bias", nn.Parameter(torch.empty(shape[0], **kw)))
+        for name in ("whole", "part"):
+            setattr(self, f"{name}_norm_weight", nn.Parameter(torch.empty(r, **kw)))
+            setattr(self, f"{name}_norm_bias", nn.Parameter(torch.empty(r, **kw)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.down_weight)
+        bound = self.down_weight.shape[1] ** -0.5
+        nn.init.uniform_(self.down_bias, -bound, bound)
+        for zero in (self.up_weight, self.up_bias, self.turn_weight, self.turn_bias):
+            nn.init.zeros_(zero)
+        for name in ("whole", "part"):
+            nn.init.ones_(getattr(self, f"{name}_norm_weight"))
+            nn.init.zeros_(getattr(self, f"{name}_norm_bias"))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.branch(x, self._spectrum()).to(y.dtype)
+
+    def _spectrum(self) -> Spectrum:
+        centres = self.tap.rest[-1] if self.tap.rest else None
+        if centres is None:
+            raise SiteError(f"{self.label}: the block was called without the centres of its tokens")
+        return self.spectra(centres)
+
+    def branch(self, x: Tensor, s: Spectrum) -> Tensor:
+        """What is added for the stream x (B, T, D), whose last G tokens are patches."""
+        dtype = x.dtype
+        h = F.linear(x, self.down_weight.to(dtype), self.down_bias.to(dtype))
+        patches = h[:, -s.whole.shape[1] :]
+        both = self.filtered(patches, s.whole, "whole") + self._local(patches, s)
+        a = F.silu(h)
+        a = torch.cat([a[:, : -both.shape[1]], a[:, -both.shape[1] :] + both], 1)
+        return F.linear(a, self.up_weight.to(a.dtype), self.up_bias.to(a.dtype))
+
+    def _local(self, patches: Tensor, s: Spectrum) -> Tensor:
+        groups = take(patches, s.order).view(*s.parts.shape[:3], -1)
+        return take(self.filtered(groups, s.parts, "part").flatten(1, 2), s.back)
+
+    def filtered(self, x: Tensor, basis: Tensor, name: str) -> Tensor:
+        """U u(U^T x) for x (..., G, r) and a basis U (..., G, G)."""
+        basis = basis.to(x.dtype)
+        there, home = (basis, basis.mT) if self.legacy else (basis.mT, basis)
+        z = there @ x
+        weight, bias = (getattr(self, f"{name}_norm_{part}") for part in ("weight", "bias"))
+        turned = F.layer_norm(z, weight.shape, weight.to(z.dtype), bias.to(z.dtype))
+        turned = F.linear(turned, self.turn_weight.to(z.dtype), self.turn_bias.to(z.dtype))
+        return home @ (z + F.silu(turned).to(z.dtype))
