@@ -9,6 +9,7 @@ from visionpeft.attaching import attach
 from visionpeft.errors import DeadAdapterError, VisionPEFTError
 from visionpeft.methods import METHODS
 from visionpeft.methods.bottleneck import AdaptFormer
+from visionpeft.methods.difffit import DiffFit
 from visionpeft.methods.krona import KronA
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.pointgst import PointGST
@@ -23,6 +24,7 @@ __all__ = [
     "SSF",
     "AdaptFormer",
     "DeadAdapterError",
+    "DiffFit",
     "KronA",
     "LoRA",
     "PointGST",

@@ -112,6 +112,7 @@ def set_active(backbone: Backbone, wanted: Sequence[tuple[Tuner, float]]) -> Non
     for tuner in found.tuners.values():
         if tuner.merged is not None and strengths.get(tuner.name) != tuner.scale:
             raise VisionPEFTError(f"{tuner.name!r} is merged: unmerge it before it can rest or change its strength")
+    _check_merged(found, [tuner for tuner, _ in wanted])
     for tuner, strength in wanted:
         tuner.check_strength(strength)
     _check_shared([tuner for tuner, _ in wanted])
@@ -151,6 +152,19 @@ def release_samples(backbone: Backbone) -> None:
             held.mixed = False
 
 
+def _check_merged(found: Registry, wanted: Sequence[Tuner]) -> None:
+    """Where one adapter is merged into a tensor, no other's copy of it can stand."""
+    for merged in (t for t in found.tuners.values() if t.merged is not None):
+        written = {(id(w.module), w.name) for w in merged.merged or ()}
+        for other in wanted:
+            for path, name in other.in_place if other is not merged else ():
+                if (id(other.backbone.module(path)), name) in written:
+                    raise VisionPEFTError(
+                        f"{merged.name!r} is merged into {path}.{name}, of which {other.name!r} brings a copy: unmerge "
+                        "it first"
+                    )
+
+
 def _check_shared(wanted: Sequence[Tuner]) -> None:
     """Two adapters may bring the same `train=` tensor only if it holds the same numbers."""
     owners: dict[tuple[str, str], Tuner] = {}
@@ -178,6 +192,8 @@ def settle(backbone: Backbone) -> None:
 
 def _settle(module: nn.Module, path: str, name: str, owners: list[Tuner], everyone: list[Tuner]) -> None:
     held = binding.holder(module)
+    if held is not None and any(f"{t.name}.{name}" in held.aside for t in everyone if t.merged is not None):
+        return  # merged into what stands there
     if held is None and not owners:
         return  # replaced by its owner, and nobody of ours acts there
     if held is None:

@@ -78,7 +78,7 @@ def bind(tuner: Tuner, adapters: dict[Site, Adapter], learnt: Iterable[tuple[str
             tuner.adapters[site] = adapter
             _place(tuner, site, adapter)
         tuner.trained = trained
-        copies: dict[int, Tensor] = {}
+        copies: dict[int | str, Tensor] = {}
         for key in dict.fromkeys([*learnt, *trained]):
             _copy(tuner, *key, copies, (values or {}).get(key))
         _activate_new(tuner, registry)
@@ -290,7 +290,7 @@ def _guard(tuner: Tuner, path: str) -> None:
             _dress(tuner, module, mixin)
 
 
-def _copy(tuner: Tuner, path: str, name: str, copies: dict[int, Tensor], value: Tensor | None = None) -> None:
+def _copy(tuner: Tuner, path: str, name: str, copies: dict[int | str, Tensor], value: Tensor | None = None) -> None:
     """A trainable copy of the original, or the value given for it, waiting to be put in its place.
 
     Tied tensors stay tied: one original has one copy.
@@ -303,13 +303,14 @@ def _copy(tuner: Tuner, path: str, name: str, copies: dict[int, Tensor], value: 
         box._modules[LEARNT] = Learnt()
     original = binding.original(module, name)
     assert original is not None
-    if id(original) not in copies:
+    group = tuner.method.shares((path, name), tuner.backbone) or id(original)
+    if group not in copies:
         value = original.detach().clone() if value is None else value.detach().to(original, copy=True)
         if isinstance(original, nn.Parameter):
             value = nn.Parameter(value, requires_grad=value.is_floating_point())
-        copies[id(original)] = value
+        copies[group] = value
     _guard(tuner, path)
-    activation.put_waiting(held, tuner.name, name, copies[id(original)])
+    activation.put_waiting(held, tuner.name, name, copies[group])
     held.train(module.training)
     tuner.in_place.append((path, name))
 

@@ -79,7 +79,7 @@ def _merged_tensors(tuner: Tuner) -> dict[tuple[nn.Module, str], Tensor | None]:
             tensors[module, bias] = b
     for module, name in tensors:
         held = binding.holder(module)
-        if held is not None and name in held.live:
+        if held is not None and held.live.get(name, tuner.name) != tuner.name:
             raise MergeError(
                 f"{name} of a {type(module).__name__} is {held.live[name]!r}'s own trainable copy: a merged one would "
                 "be saved in its stead. Detach that adapter first, or leave the site out of targets"

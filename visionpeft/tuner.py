@@ -84,7 +84,10 @@ class Tuner:
             raise VisionPEFTError(
                 f"{self.name!r} is detached, or {path or 'the root'} was replaced since it was attached"
             )
-        if held.live.get(name) == self.name:
+        if self.merged is not None and f"{self.name}.{name}" in held.aside:  # merged with adapters of ours at its site
+            if held.live.get(name) == self.name:
+                return held.aside[f"{self.name}.{name}"]  # type: ignore[return-value]
+        elif held.live.get(name) == self.name:
             return binding.get_tensor(module, name)  # type: ignore[return-value]
         return activation.waiting(held, self.name, name)
 

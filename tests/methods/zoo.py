@@ -120,6 +120,8 @@ ONLY: dict[str, tuple[str, ...]] = {
     "parallel": ("vit", "swinv2"),
     "repadapter": ("vit", "convnext"),
     "hydra": ("vit", "clip"),
+    "difffit": ("vit", "swinv2", "resnet", "clip"),
+    "krona": ("vit", "swinv2", "clip"),
 }
 
 # Hyper-parameters that fit the tiny widths; whatever is not named here keeps its default.

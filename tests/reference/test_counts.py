@@ -48,6 +48,7 @@ BASE = {  # ViT-B/16, without head
     "pfeiffer 8": (M.Pfeiffer(), 156_768),
     "houlsby 8": (M.Houlsby(hidden=8), 313_536),
     "bitfit": (M.BitFit(), 102_912),
+    "difffit": (M.DiffFit(), 102_912 + 25 * 768 + 12 * 2 * 768),  # biases, norm weights, gammas
     "krona 4 64": (M.KronA(), 122_880),
     "ln": (M.LNTuning(), 38_400),
     "vpt shallow 10": (M.VPT(tokens=10, deep=False), 7_680),

@@ -39,6 +39,7 @@ class Library:
         switches: {attribute: value} that make the module call the child of that name, while an adapter is there.
         guard: what the owner of the child of that name wears besides while an adapter is there.
         hidden: says whether the child of that name is a mere copy of others, so that no adapter belongs there.
+        twin: name of a tensor -> what its copies in other blocks have in common, None where there are none.
         presets: word of `targets=` -> says whether it means the module at a path, given all modules.
         denoises: says whether a root is what a diffusion pipeline trains, unless told otherwise.
         heads: paths of the classifiers of a root; example: an input for it.
@@ -59,6 +60,7 @@ class Library:
     switches: Callable[[nn.Module, str], dict[str, Any]] = lambda module, child: {}
     guard: Callable[[nn.Module, str], type[Mixin] | None] = lambda module, child: None
     hidden: Callable[[nn.Module, str], bool] = lambda parent, name: False
+    twin: Callable[[str], str | None] = _none
     presets: Mapping[str, Callable[[str, Mapping[str, nn.Module]], bool]] = field(default_factory=dict)
     denoises: Callable[[nn.Module], bool] = lambda root: False
     heads: Callable[[nn.Module], list[str]] = lambda root: []
@@ -181,6 +183,11 @@ def guard(module: nn.Module, child: str) -> type[Mixin] | None:
 def hidden(parent: nn.Module | None, name: str) -> bool:
     lib = library(parent)
     return bool(lib and parent is not None and lib.hidden(parent, name))
+
+
+def twin(name: str) -> str | None:
+    """What the copies of a tensor have in common that a library makes of one of the original model's."""
+    return next((found for lib in LIBRARIES.values() if (found := lib.twin(name)) is not None), None)
 
 
 def denoises(root: nn.Module) -> bool:

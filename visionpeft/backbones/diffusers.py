@@ -15,6 +15,7 @@ Presets for `targets=` (both for the text encoders too; narrow with `within=`):
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +53,9 @@ class Joined(Mixin):
         """
         for name in _SPLIT & set(self._modules):  # type: ignore[attr-defined]
             if (held := holder(self._modules[name])) is not None and held.aside:  # type: ignore[attr-defined]
-                raise VisionPEFTError(f"{name} is merged or learns in place: unmerge, or activate(model, {{}}), to fuse")
+                raise VisionPEFTError(
+                    f"{name} is merged or learns in place: unmerge, or activate(model, {{}}), to fuse"
+                )
         active, self.peft.active = self.peft.active, ()
         try:
             return super().fuse_projections(*args, **kwargs)  # type: ignore[misc]
@@ -167,6 +170,12 @@ _EXAMPLES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _twin(name: str) -> str | None:
+    """A DiT has one timestep embedding and one class table; the conversion gives each block a copy of them."""
+    found = re.match(r"^(.*transformer_blocks\.)\d+(\.norm1\.emb\..*)$", name)
+    return "*".join(found.groups()) if found else None
+
+
 def _denoises(root: nn.Module) -> bool:
     name = base_class(root).__name__
     return name.startswith("UNet") or "Transformer" in name
@@ -187,6 +196,7 @@ LIBRARY = Library(
     branches={"BasicTransformerBlock": dict(zip(("attention", "mlp"), _TRANSFORMER, strict=True))},
     guard=lambda module, child: Joined if child in _SPLIT and hasattr(module, "fuse_projections") else None,
     hidden=_fused,
+    twin=_twin,
     presets={"diffusers": in_diffusers_preset, "kohya": in_kohya_preset},
     denoises=_denoises,
     example=_example,

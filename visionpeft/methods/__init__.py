@@ -2,6 +2,10 @@
 
 from visionpeft.adapter import Method
 from visionpeft.methods.bottleneck import AdaptFormer, Houlsby, Pfeiffer
+from visionpeft.methods.compacter import Compacter
+from visionpeft.methods.convpass import Convpass
+from visionpeft.methods.dapt import DAPT
+from visionpeft.methods.difffit import DiffFit
 from visionpeft.methods.fact import FacTTK, FacTTT
 from visionpeft.methods.in_place import BitFit, FullFineTuning, LinearProbe, LNTuning
 from visionpeft.methods.lora import LoRA
@@ -39,3 +43,4 @@ METHODS: dict[str, type[Method]] = {
 }
 
 __all__ = ["METHODS", *sorted(method.__name__ for method in METHODS.values())]
+        DiffFit,
