@@ -18,7 +18,7 @@ from visionpeft.pipelines.cell import Cell, finish, load_splits
 from visionpeft.pipelines.recipes import plan_for
 from visionpeft.pipelines.running import Job, Outcome, cells, run, sweep
 from visionpeft.pipelines.settings import BASELINES, Config, Result, Settings, Sweep
-from visionpeft.report.table import Row
+from visionpeft.report.table import Row, summarise
 
 __all__ = ["BASELINES", "JOB", "Config", "Outcome", "Result", "Settings", "Sweep", "cells", "run", "sweep"]
 
@@ -53,4 +53,8 @@ def _averages(tasks: Mapping[str, Row]) -> list[str]:
     return [f"{100 * value:.2f}" for value in means.values()] + [f"{ppt(means['mean_of_19'], size):.3f}"]
 
 
-JOB = Job(Config, Settings, plan_for, Cell, _raw, _expand, vtab_table)
+def _summary(results: Sequence[Result]) -> tuple[str, list[list[str]]]:
+    return "Averages", vtab_table(summarise(results))
+
+
+JOB = Job(Config, Settings, plan_for, Cell, _raw, _expand, _summary)

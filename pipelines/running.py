@@ -26,7 +26,7 @@ from visionpeft.pipelines.recipes import Plan
 from visionpeft.pipelines.selection import grid_points, select
 from visionpeft.pipelines.settings import BASELINES, Common, ManyCells, OneCell, Result
 from visionpeft.report.cells import cell_report, sweep_report
-from visionpeft.report.table import Row, markdown, summarise, write_csv
+from visionpeft.report.table import markdown, summarise, write_csv
 from visionpeft.training import make_accelerator, runs
 
 
@@ -44,8 +44,8 @@ class Job:
     """Do the raw row: put its scores into the result, give sections of the report."""
     expand: Callable[[Any], Sequence[str]]
     """Data of a sweep, one for each task."""
-    averages: Callable[[Sequence[Row]], list[list[str]]] = lambda rows: []
-    """Head and rows of a table of benchmark averages."""
+    summary: Callable[[Sequence[Result]], tuple[str, list[list[str]]]]
+    """Title, and head and rows or nothing, of one more table in the report of a sweep."""
 
 
 def job_of(settings: Common | str) -> Job:
@@ -213,4 +213,4 @@ def _write_summary(plan: ManyCells, outcome: Outcome) -> None:
     rows = summarise(outcome.results)
     write_csv(outcome.folder / "results.csv", rows)
     runs.write_text(outcome.folder / "results.md", markdown(rows))
-    runs.write_text(outcome.folder / "report.html", sweep_report(outcome, rows, job_of(plan).averages(rows)))
+    runs.write_text(outcome.folder / "report.html", sweep_report(outcome, rows, *job_of(plan).summary(outcome.results)))

@@ -165,6 +165,8 @@ class Result:
     """Wall time of the cell in the process that finished it."""
     test_images: int = 0
     classes: list[str] = field(default_factory=list)
+    per_class: dict[str, float] = field(default_factory=dict)
+    """IoU of each class that occurs in the test set or in what was predicted for it."""
     correct: str = ""
     """Which test images were classified right, "1", or wrong, "0"; empty where an image has no single class."""
     confusion: list[list[int]] | None = None

@@ -61,17 +61,17 @@ def _curves(rows: Sequence[dict[str, float]]) -> list[str]:
     return drawn + [page.figure(plots.curves({"lr": series["lr"]}, "learning rate"))]
 
 
-def sweep_report(outcome: Any, rows: Sequence[Row], means: Sequence[Sequence[str]] = ()) -> str:
+def sweep_report(outcome: Any, rows: Sequence[Row], more: str = "", lines: Sequence[Sequence[str]] = ()) -> str:
     """HTML of a sweep: the table, a bar chart and loss curves per data set, what failed.
 
     Args:
-        means: head and rows of a table of benchmark averages, or nothing.
+        more, lines: title, and head and rows or nothing, of one more table.
     """
     title, head, body = shown(rows)
     sections = [page.paragraphs([title]), page.table(head, body),
                 page.paragraphs([NOTE, *against_probe(outcome.results)])]
-    if means:
-        sections += [page.heading("Averages"), page.table(means[0], means[1:])]
+    if lines:
+        sections += [page.heading(more), page.table(lines[0], lines[1:])]
     tracked = [(r.data, r.method, f"{100 * r.best_test_epoch_accuracy:.2f}") for r in rows
                if r.best_test_epoch_accuracy is not None]
     if tracked:

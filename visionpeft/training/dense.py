@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from visionpeft.data.masks import IGNORE
 from visionpeft.errors import DataError, require
-from visionpeft.training.feed import own_words
+from visionpeft.training.feed import default_workers, own_words
 
 
 @dataclass(frozen=True)
@@ -96,20 +96,21 @@ class Windows:
 
 @torch.no_grad()
 def segment(model: nn.Module, images: Any, accelerator: Any, windows: Windows,
-            workers: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
+            workers: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Index, predicted classes uint8 [H, W] and mask int64 [H, W] of every image, in eval mode.
 
     Each of several processes gets its own images. Consecutive images of one size are taken together.
 
     Args:
         images: a MaskedSet whose transform gives tensors.
-        workers: DataLoader processes.
+        workers: DataLoader processes; None chooses.
     """
     was_training = model.training
     model.eval()
     try:
         mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-        loader: DataLoader = DataLoader(Subset(images, mine), windows.batch, collate_fn=list, num_workers=workers)
+        loader: DataLoader = DataLoader(Subset(images, mine), windows.batch, collate_fn=list,
+                                        num_workers=default_workers(workers))
         numbers = iter(mine)
         for batch in _read(loader):
             for _, group in itertools.groupby(batch, key=lambda pair: pair[0].shape):
@@ -130,9 +131,16 @@ def _read(loader: DataLoader) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def score_masks(model: nn.Module, images: Any, num_classes: int, accelerator: Any, windows: Windows,
-                workers: int = 0) -> dict[str, Any]:
-    """Scores of visionpeft.metrics.MeanIoU over a set, the same on every process."""
+                workers: int | None = None, keep: Sequence[int] = ()) -> tuple[dict[str, Any], dict[int, Tensor]]:
+    """Scores of visionpeft.metrics.MeanIoU over a set, the same on every process, and some of the predicted masks.
+
+    Args:
+        keep: which images' masks are given back, as far as this process does them.
+    """
+    kept: dict[int, Tensor] = {}
     metric = require("visionpeft.metrics", extra="train").MeanIoU(num_classes).to(accelerator.device)
-    for _, predicted, mask in segment(model, images, accelerator, windows, workers):
+    for index, predicted, mask in segment(model, images, accelerator, windows, workers):
         metric.update(predicted.long()[None].to(accelerator.device), mask[None].to(accelerator.device))
-    return metric.compute()
+        if index in keep:
+            kept[index] = predicted
+    return metric.compute(), kept

@@ -63,12 +63,17 @@ class _Seeded(Dataset):
         return self.images[index]
 
 
+def default_workers(workers: int | None) -> int:
+    """DataLoader processes where None was asked for."""
+    return min(4, os.cpu_count() or 1) if workers is None else workers
+
+
 class LoaderFeed:
     """Images decoded and transformed by DataLoader workers each time they are used."""
 
     def __init__(self, images: Any, workers: int | None = None) -> None:
         self.images = images
-        self.workers = min(4, os.cpu_count() or 1) if workers is None else workers
+        self.workers = default_workers(workers)
 
     def __len__(self) -> int:
         return len(self.images)
