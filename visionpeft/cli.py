@@ -1,4 +1,4 @@
-"""The command line: visionpeft classify | predict | merge | inspect | data check."""
+"""The command line: visionpeft classify | predict | merge | inspect | zero-shot | data check."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     tyro = require("tyro", extra="train")
     # Evaluated here, since importing the pipelines takes a while and needs the train extra.
+    from visionpeft.clip import commands as clip
     from visionpeft.pipelines.settings import Sweep
 
     _classify.__annotations__["plan"] = Sweep
@@ -42,6 +43,7 @@ def _dispatch(arguments: list[str]) -> int:
     app.command(_predict, name="predict")
     app.command(_merge, name="merge")
     app.command(_inspect, name="inspect")
+    clip.register(app)
     data.command(_check, name="check")
     app.command(data, name="data", help="Look after data sets.")
     return (

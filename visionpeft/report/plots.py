@@ -39,6 +39,18 @@ def curves(series: Mapping[str, Sequence[float]], label: str) -> str:
     return _svg(figure)
 
 
+def lines(x: Sequence[float], series: Mapping[str, Sequence[float]], across: str, label: str) -> str:
+    """One line per series over x, as SVG."""
+    figure, axes = _figure(6.4, 3.6)
+    for name, values in series.items():
+        axes.plot(x, values, label=name, marker=".")
+    axes.set_xlabel(across)
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _svg(figure)
+
+
 def bars(names: Sequence[str], values: Sequence[float], errors: Sequence[float], label: str) -> str:
     """Horizontal bars with deviations, as SVG; values in per cent."""
     figure, axes = _figure(6.4, 0.7 + 0.36 * len(names))

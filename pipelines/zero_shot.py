@@ -1,0 +1,190 @@
+"""Zero-shot evaluation of CLIP models, without and with an adapter.
+
+    result = run(Config(model="ViT-B-32", checkpoint="openai", data=("folder-all:~/birds",), templates="openai"))
+    result = run(Config(model="ViT-B-32", checkpoint="openai", data=("eurosat",), adapter="run/adapter.safetensors"))
+
+With an adapter: scores before, after and their difference on every set, and accuracy over `tuner.scale` from 0 to 1,
+the straight line of WiSE-FT (arXiv 2109.01903) wherever the adapter is a change of weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import visionpeft as vp
+from visionpeft.clip.data import Labelled, Pairs, load_images, read_pairs
+from visionpeft.clip.errors import ClipError
+from visionpeft.clip.features import FeatureCache, image_features, text_features
+from visionpeft.clip.model import Clip, build, logit_scale
+from visionpeft.clip.scores import classification_scores, retrieval_scores
+from visionpeft.clip.templates import Template, read_templates
+from visionpeft.clip.text import class_prompts, tokenize
+from visionpeft.report.zero_shot import report
+from visionpeft.training import runs
+
+Watch = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to evaluate."""
+
+    model: str = "nano_clip"
+    """nano_clip, or a model of open_clip."""
+    checkpoint: str | None = None
+    """Weights: a local file, or one of open_clip's tags."""
+    data: tuple[str, ...] = ("bundled",)
+    """Sets to classify: folder-all:PATH for a folder of class folders, or as in `visionpeft classify`. The first is the
+    one that the adapter was tuned on; the others show what it forgot."""
+    captions: tuple[str, ...] = ()
+    """Captioned images for retrieval: a CSV, a JSON file, or a folder with a .txt beside each image."""
+    root: str | None = None
+    """Folder that holds the data sets."""
+    classes: str | None = None
+    """Names to prompt with for the first set, one a line or JSON; else the data's own."""
+    templates: str = "openai"
+    """openai, simple, coop:SET, a JSON file, or one template such as "a photo of a {}."."""
+    adapter: str | None = None
+    """Adapter file to compare with the model alone."""
+    points: int = 11
+    """Points of the curve over the adapter's scale from 0 to 1; 0 leaves it out."""
+    batch_size: int = 64
+    cache: str | None = None
+    """Folder that keeps features between runs."""
+    out: str = "runs/zero_shot"
+    """Folder for result.json and report.html."""
+
+
+@dataclass
+class Result:
+    """Scores by set, as fractions: `before` of the model alone, `after` with the adapter."""
+
+    model: str
+    templates: int
+    images: dict[str, int] = field(default_factory=dict)
+    before: dict[str, dict[str, float]] = field(default_factory=dict)
+    after: dict[str, dict[str, float]] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    """{"scale": s, "scores": {set: top-1}} for s from 0 to 1."""
+    adapter: str = ""
+    parameters: int = 0
+    folder: str = ""
+
+    def difference(self) -> dict[str, dict[str, float]]:
+        """after - before."""
+        return {name: {k: scores[k] - self.before[name][k] for k in scores} for name, scores in self.after.items()}
+
+
+def run(config: Config, watch: Watch | None = None) -> Result:
+    """Evaluate, and write result.json and report.html.
+
+    Args:
+        watch: called with a line on what is done now.
+
+    Raises:
+        VisionPEFTError: a model, set, class list, template or adapter that does not fit, by name.
+    """
+    watch = watch or (lambda line: None)
+    templates = read_templates(config.templates)
+    sets = [load_images(spec, config.root, config.classes if i == 0 else None) for i, spec in enumerate(config.data)]
+    pairs = {source: read_pairs(source) for source in config.captions}
+    if not (sets or pairs):
+        raise ClipError("nothing to evaluate: give data or captions")
+    clip = build(config.model, config.checkpoint)
+    evaluator = Evaluator(clip, sets, pairs, templates, FeatureCache(config.cache), config.batch_size)
+    result = Result(config.model, len(templates), evaluator.sizes(), folder=config.out)
+    watch(f"{config.model} alone")
+    result.before = evaluator.scores()
+    if config.adapter is not None:
+        _with_adapter(config, clip.model, evaluator, result, watch)
+    folder = Path(config.out)
+    runs.write_json(folder / "result.json", asdict(result))
+    runs.write_text(folder / "report.html", report(result))
+    return result
+
+
+def _with_adapter(config: Config, model: Any, evaluator: Evaluator, result: Result, watch: Watch) -> None:
+    assert config.adapter is not None
+    tuner = vp.load(model, config.adapter, name="adapter")
+    result.adapter, result.parameters = tuner.method.summary(), tuner.num_parameters
+    watch(f"with {result.adapter}")
+    result.after = evaluator.scores()
+    result.curve = curve(tuner, evaluator, config.points, watch)
+    tuner.detach()
+
+
+def curve(tuner: vp.Tuner, evaluator: Evaluator, points: int, watch: Watch | None = None) -> list[dict[str, Any]]:
+    """Accuracy of every set at `points` scales from 0 to 1; the adapter's scale is as before afterwards.
+
+    Raises:
+        ClipError: one point, which is no curve.
+    """
+    if points == 0:
+        return []
+    if points < 2:
+        raise ClipError(f"points={points}: a curve needs 2 at least, 0 leaves it out")
+    before, found = tuner.scale, []
+    try:
+        for scale in torch.linspace(0, 1, points, dtype=torch.float64).tolist():
+            if watch is not None:
+                watch(f"scale {scale:.2f}")
+            tuner.scale = scale
+            scores = evaluator.scores()
+            found.append({"scale": scale, "scores": {name: main(values) for name, values in scores.items()}})
+    finally:
+        tuner.scale = before
+    return found
+
+
+def main(scores: dict[str, float]) -> float:
+    """The score of a set that a curve shows: top-1, or recall at 1 from image to text."""
+    return scores["top1"] if "top1" in scores else scores["image_to_text_r@1"]
+
+
+@dataclass
+class Evaluator:
+    """A model and what it is evaluated on."""
+
+    clip: Clip
+    sets: Sequence[Labelled]
+    pairs: dict[str, Pairs]
+    templates: Sequence[Template]
+    cache: FeatureCache
+    batch: int = 64
+
+    def sizes(self) -> dict[str, int]:
+        """Number of images by set."""
+        return {s.name: len(s.images) for s in self.sets} | {k: len(p.images) for k, p in self.pairs.items()}
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Scores of every set with the adapters that act now; NaN (top-5 below five classes) is left out."""
+        found = {labelled.name: self._classify(labelled) for labelled in self.sets}
+        found |= {name: self._retrieve(pairs) for name, pairs in self.pairs.items()}
+        return {name: {k: v for k, v in scores.items() if not math.isnan(v)} for name, scores in found.items()}
+
+    def _images(self, images: Any) -> torch.Tensor:
+        return image_features(self.clip.model, images, self.clip.preprocessing, self.cache, self.batch)
+
+    def _texts(self, texts: Sequence[str]) -> torch.Tensor:
+        ids = tokenize(self.clip.tokenizer, texts, self.clip.model.context_length)
+        return text_features(self.clip.model, ids, self.cache)
+
+    def weights(self, classes: Sequence[str]) -> torch.Tensor:
+        """The zero-shot classifier W (d, C) of `visionpeft.clip.zero_shot_weights`, its prompts from the cache."""
+        features = self._texts(class_prompts(classes, self.templates))
+        means = features.unflatten(0, (len(classes), len(self.templates))).mean(1)
+        return torch.nn.functional.normalize(means, dim=-1).t()
+
+    def _classify(self, labelled: Labelled) -> dict[str, float]:
+        factor, bias = logit_scale(self.clip.model)
+        logits = factor * self._images(labelled.images) @ self.weights(labelled.classes) + bias
+        return classification_scores(logits, torch.from_numpy(labelled.images.labels))
+
+    def _retrieve(self, pairs: Pairs) -> dict[str, float]:
+        return retrieval_scores(self._images(pairs.images), self._texts(pairs.captions), torch.from_numpy(pairs.owner))

@@ -1,0 +1,159 @@
+"""Templates, tokens and zero-shot weights: open_clip's own builder is the oracle."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+
+from visionpeft.clip import ClipError, class_prompts, encode_tokens, read_templates, tokenize, zero_shot_weights
+from visionpeft.clip import model as models
+from visionpeft.clip.text import is_causal
+
+BPE = open_clip.SimpleTokenizer()
+CLASSES = ["cat", "dog", "sports_car", "a rather long name of a class", "tree"]
+TEXT = dict(context_length=32, width=16, heads=2, layers=2)
+VIT = dict(image_size=16, layers=1, width=16, head_width=8, patch_size=8)
+
+
+def tokenizer(texts, context_length=32):
+    return BPE(texts, context_length)
+
+
+def tiny(kind: str = "flat", **text) -> torch.nn.Module:
+    torch.manual_seed(1)
+    cls = CLIP if kind == "flat" else CustomTextCLIP
+    model = cls(24, VIT, {**TEXT, **text}).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return model
+
+
+KINDS = {
+    "flat": lambda: tiny(),
+    "custom": lambda: tiny("custom"),
+    "no mask": lambda: tiny("custom", no_causal_mask=True, pool_type="last"),
+    "eos": lambda: tiny("custom", pool_type="eos", eos_id=49407),
+    "linear": lambda: tiny("custom", proj_bias=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("templates", ["simple", "a photo of a {}."])
+def test_weights_are_those_of_open_clips_own_builder(kind, templates):
+    model = KINDS[kind]()
+    names = [c.replace("_", " ") for c in CLASSES]
+    found = zero_shot_weights(model, tokenizer, CLASSES, read_templates(templates), batch=4)
+    oracle = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, names, read_templates(templates))
+    torch.testing.assert_close(found, oracle, rtol=0, atol=1e-13)
+    assert found.shape == (24, 5)
+    assert is_causal(model) == (kind != "no mask")
+
+
+def test_padding_is_cut_off_where_nothing_depends_on_it():
+    model = tiny()
+    ids = tokenize(tokenizer, ["a cat", "a dog on a long road"], 32)
+    lengths = []
+    hook = model.ln_final.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
+    found = encode_tokens(model, ids)
+    hook.remove()
+    assert lengths == [8]
+    torch.testing.assert_close(found, model.encode_text(ids), rtol=0, atol=1e-13)
+
+
+def test_given_embeddings_take_the_place_of_the_tokens():
+    model = tiny()
+    ids = tokenize(tokenizer, ["a cat", "a dog"], 32)
+    own = model.token_embedding(ids)
+    torch.testing.assert_close(encode_tokens(model, ids, own), model.encode_text(ids), rtol=0, atol=1e-13)
+    moved = own.clone()
+    moved[:, 1] = torch.randn(16)
+    assert (encode_tokens(model, ids, moved) - encode_tokens(model, ids)).abs().max() > 1e-3
+    with pytest.raises(ClipError, match="learnt prompts need open_clip's causal text tower"):
+        encode_tokens(KINDS["no mask"](), ids, own)
+
+
+def test_training_mode_is_left_as_it_was_and_no_gradient_flows():
+    model = tiny().train()
+    assert not zero_shot_weights(model, tokenizer, CLASSES, ["{}"]).requires_grad
+    assert model.training
+
+
+def test_template_sets_and_both_forms_of_place(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"one": ["a {c}."], "two": ["{} x", "y {c}"]}))
+    assert class_prompts(["sea_lion", "cat"], read_templates(f"{file}:two")) == [
+        "sea lion x", "y sea lion", "cat x", "y cat"
+    ]  # fmt: skip
+    (tmp_path / "list.json").write_text(json.dumps(["{c}, {{really}}"]))
+    assert class_prompts(["cat"], read_templates(str(tmp_path / "list.json"))) == ["cat, {{really}}"]
+    assert len(read_templates("openai")) == 80 and len(read_templates("simple")) == 7
+    assert class_prompts(["forest"], read_templates("coop:eurosat")) == ["a centered satellite photo of forest."]
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("coop:cats", "CoOp has none for it; it has imagenet"),
+        ("a photo", "write {} or {c} once"),
+        ("{} and {}", "write {} or {c} once"),
+        ("absent.json", "cannot be read"),
+        ([], "the list is empty"),
+    ],
+)
+def test_bad_templates_are_named(spec, message):
+    with pytest.raises(ClipError, match=message):
+        read_templates(spec)
+
+
+def test_bad_json_and_bad_classes_are_named(tmp_path):
+    file = tmp_path / "t.json"
+    file.write_text('{"a": ["{}"]}')
+    with pytest.raises(ClipError, match="t.json:<name> with one of a"):
+        read_templates(str(file))
+    bad = (([], "empty"), (["a", ""], "class 1 has no name"), (["a", "b", "a"], "'a' is listed more"))
+    for classes, message in bad:
+        with pytest.raises(ClipError, match=message):
+            class_prompts(classes, ["{}"])
+
+
+def test_tokens_beyond_the_context_are_an_error_that_shows_the_text():
+    fits = "word " * 30
+    assert tokenize(tokenizer, [fits], 32).shape == (1, 32)
+    assert torch.equal(tokenize(tokenizer, [fits, "cat"], 32), tokenizer([fits, "cat"]))
+    with pytest.raises(ClipError, match=r"1 of 2 texts have more tokens than the context of 32: 'word .*\.\.\.'"):
+        tokenize(tokenizer, ["cat", fits + "more"], 32)
+
+
+def test_names_of_models_and_quickgelu_are_checked(tmp_path, monkeypatch):
+    with pytest.raises(ClipError, match="no model 'ViT-B-33', perhaps ViT-B-32"):
+        models.build("ViT-B-33")
+    with pytest.raises(ClipError, match="neither a file nor a tag of ViT-B-32; its tags: .*openai"):
+        models.build("ViT-B-32", "openay")
+    with pytest.raises(ClipError, match="trained with QuickGELU, and ViT-B-32 has .* Use ViT-B-32-quickgelu"):
+        models.check_activation("ViT-B-32", "openai")
+    models.check_activation("ViT-B-32-quickgelu", "openai")
+    models.check_activation("ViT-B-32", "laion2b_s34b_b79k")
+    file = tmp_path / "openai.pt"
+    torch.save({k: torch.tensor(1) for k in (*models.OPENAI_KEYS, "logit_scale")}, file)
+    with pytest.raises(ClipError, match="Use ViT-B-16-quickgelu"):
+        models.check_activation("ViT-B-16", str(file))
+    (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(ClipError, match="no safe torch checkpoint"):
+        models.check_activation("ViT-B-16", str(tmp_path / "bad.pt"))
+    monkeypatch.setattr(models, "_wants_quick_gelu", lambda *_: False)
+    with pytest.raises(ClipError, match="trained with GELU, and ViT-B-32-quickgelu has .* Use ViT-B-32$"):
+        models.check_activation("ViT-B-32-quickgelu", "some")
+
+
+def test_a_built_model_knows_its_preprocessing_and_tokenizer():
+    logging.disable(logging.WARNING)
+    clip = models.build("RN50")
+    logging.disable(logging.NOTSET)
+    assert clip.preprocessing.size == (224, 224) and clip.preprocessing.resize == "short_side_crop"
+    assert clip.tokenizer(["a"]).shape == (1, 77)

@@ -1,0 +1,174 @@
+"""Zero-shot evaluation end to end on a tiny random CLIP model and small folders."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+from PIL import Image
+
+import visionpeft as vp
+from visionpeft import cli
+from visionpeft.clip import ClipError
+from visionpeft.clip.data import load_images
+from visionpeft.clip.model import Clip
+from visionpeft.clip.scores import classification_scores
+from visionpeft.data.preprocessing import Preprocessing
+from visionpeft.errors import AdapterFileError, DataError
+from visionpeft.pipelines import zero_shot
+from visionpeft.pipelines.zero_shot import Config, run
+
+BPE = open_clip.SimpleTokenizer()
+PREPARE = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16))
+CLASSES = ("ant", "bee", "cat", "dog", "elk", "fly")
+
+
+def tokenizer(texts, context_length=32):
+    return BPE(texts, context_length)
+
+
+def tiny(width: int = 16) -> CLIP:
+    torch.manual_seed(4)
+    vision = dict(image_size=16, layers=1, width=width, head_width=8, patch_size=8)
+    model = CLIP(12, vision, dict(context_length=32, width=16, heads=2, layers=1)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _models(monkeypatch):
+    def build(name, checkpoint=None):
+        return Clip(tiny(24 if name == "wide" else 16), tokenizer, PREPARE, name)
+
+    monkeypatch.setattr(zero_shot, "build", build)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in CLASSES:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path
+
+
+def adapter(path, tower=None, width=16):
+    model = tiny(width)
+    tuner = vp.attach(model, vp.LoRA(rank=2, targets="query value mlp_in", tower=tower))
+    with torch.no_grad():
+        for p in tuner.parameters():
+            p.normal_(std=0.7)
+    tuner.save(path)
+    return str(path)
+
+
+def spec(folder):
+    return f"folder-all:{folder / 'images'}"
+
+
+def test_scores_are_those_of_open_clips_classifier(folder):
+    result = run(Config("tiny", data=(spec(folder),), templates="simple", out=str(folder / "out")))
+    model, images = tiny(), load_images(spec(folder)).images
+    weights = open_clip.build_zero_shot_classifier(model, tokenizer, CLASSES, open_clip.SIMPLE_IMAGENET_TEMPLATES)
+    transform = PREPARE.transform()
+    with torch.no_grad():
+        pixels = torch.stack([transform(images[i][0]) for i in range(24)])
+        logits = model.encode_image(pixels, normalize=True) @ weights
+    order, labels = logits.argsort(1, descending=True), torch.from_numpy(images.labels)
+    scores = result.before[spec(folder)]
+    assert scores["top1"] == pytest.approx(float((order[:, 0] == labels).float().mean()), abs=1e-6)
+    assert scores["top5"] == pytest.approx(float((order[:, :5] == labels[:, None]).any(1).float().mean()), abs=1e-6)
+    scaled = classification_scores(model.logit_scale.exp().detach() * logits, labels)
+    assert scores["ece"] == pytest.approx(scaled["ece"], abs=1e-5)
+    assert result.templates == 7 and result.images == {spec(folder): 24} and not result.after
+
+
+def test_an_adapter_shows_before_after_difference_and_a_curve_that_joins_them(folder):
+    file = adapter(folder / "a.safetensors")
+    config = Config("tiny", data=(spec(folder), "digits?test=20"), adapter=file, points=5, templates="{}",
+                    out=str(folder / "out"))  # fmt: skip
+    result = run(config)
+    alone = run(Config("tiny", data=config.data, templates="{}", out=str(folder / "alone")))
+    assert result.before == alone.before
+    assert [point["scale"] for point in result.curve] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    for name in result.before:
+        assert result.curve[0]["scores"][name] == result.before[name]["top1"]
+        assert result.curve[-1]["scores"][name] == result.after[name]["top1"]
+        assert result.difference()[name]["ece"] == result.after[name]["ece"] - result.before[name]["ece"] != 0
+    stored = json.loads((folder / "out" / "result.json").read_text())
+    assert stored["after"] == result.after and stored["parameters"] == 2 * (2 * 64 + 160)
+    page = (folder / "out" / "report.html").read_text()
+    assert "<svg" in page and "difference" in page and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_an_adapter_of_the_text_tower_encodes_each_image_once(folder, monkeypatch):
+    from visionpeft.clip import features
+
+    calls = []
+    real = features._encode_images
+    monkeypatch.setattr(features, "_encode_images", lambda *a: calls.append(1) or real(*a))
+    run(Config("tiny", data=(spec(folder),), adapter=adapter(folder / "a.safetensors", "text"), points=3,
+               templates="{}", out=str(folder / "out")))  # fmt: skip
+    assert len(calls) == 1
+    run(Config("tiny", data=(spec(folder),), adapter=adapter(folder / "b.safetensors", "image"), points=3,
+               templates="{}", out=str(folder / "out2")))  # fmt: skip
+    assert len(calls) == 1 + 4  # alone, with the adapter (as at scale 1), 0, 0.5
+
+
+def test_retrieval_on_captioned_images(folder):
+    rows = [f"images/{c}/{i}.png,{c} number {i}" for c in CLASSES for i in range(2)]
+    (folder / "captions.csv").write_text("image,caption\n" + "\n".join(rows))
+    result = run(Config("tiny", data=(), captions=(str(folder / "captions.csv"),), out=str(folder / "out")))
+    (scores,) = result.before.values()
+    assert set(scores) == {f"{way}_r@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
+
+
+def test_the_command_prints_the_table_and_the_curve(folder, capsys):
+    file = adapter(folder / "a.safetensors")
+    arguments = ["--data", spec(folder), "digits?test=20", "--templates", "{}", "--adapter", file, "--points", "3"]
+    assert cli.main(["zero-shot", "--model", "tiny", *arguments, "--out", str(folder / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "difference" in shown and "0.50" in shown and "mean per class" in shown and "digits" in shown
+    assert cli.main(["zero-shot", "--model", "tiny", "--data", "folder-all:nowhere"]) == 2
+    assert "nowhere: image folder not found" in capsys.readouterr().err
+
+
+def test_class_lists_rename_and_are_checked(folder):
+    (folder / "names.txt").write_text("\n".join(f"a {c}" for c in CLASSES))
+    (folder / "names.json").write_text(json.dumps({c: f"a {c}" for c in CLASSES}))
+    expected = [f"a {c}" for c in CLASSES]
+    assert load_images(spec(folder), classes=str(folder / "names.txt")).classes == expected
+    assert load_images(spec(folder), classes=str(folder / "names.json")).classes == expected
+    (folder / "short.txt").write_text("ant\nbee\n")
+    (folder / "other.json").write_text(json.dumps({c: c for c in (*CLASSES, "gnu")}))
+    (folder / "less.json").write_text(json.dumps({"ant": "ant"}))
+    for file, message in (("short.txt", "2 names for 6 classes"), ("other.json", "unknown class 'gnu'"),
+                          ("less.json", "no name for class 'bee'")):  # fmt: skip
+        with pytest.raises(ClipError, match=message):
+            load_images(spec(folder), classes=str(folder / file))
+
+
+def test_bad_input_is_named(folder):
+    other = adapter(folder / "wide.safetensors", "image", width=24)
+    with pytest.raises(AdapterFileError, match="made for another model"):
+        run(Config("tiny", data=(spec(folder),), adapter=other, out=str(folder / "o")))
+    with pytest.raises(ClipError, match="write {} or {c} once"):
+        run(Config("tiny", data=(spec(folder),), templates="a photo", out=str(folder / "o")))
+    with pytest.raises(ClipError, match="a curve needs 2"):
+        run(Config("tiny", data=(spec(folder),), adapter=adapter(folder / "a.safetensors"), points=1,
+                   out=str(folder / "o")))  # fmt: skip
+    with pytest.raises(ClipError, match="nothing to evaluate"):
+        run(Config("tiny", data=(), out=str(folder / "o")))
+    with pytest.raises(ClipError, match="more tokens than the context of 32"):
+        run(Config("tiny", data=(spec(folder),), templates="{} " + "and " * 40, out=str(folder / "o")))
+    (folder / "captions.csv").write_text("image,caption\nimages/ant/9.png,an ant\n")
+    with pytest.raises(DataError, match=r"9.png \(listed in .*captions.csv:2\): no such image file"):
+        run(Config("tiny", data=(), captions=(str(folder / "captions.csv"),), out=str(folder / "o")))

@@ -1,0 +1,146 @@
+r"""Text features and zero-shot classifiers.
+
+    w_c = normalize(mean_t normalize(encode_text(t(c))))        W = [w_1 ... w_C], (d, C)
+
+as `open_clip.build_zero_shot_classifier` makes them. Under a causal mask nothing behind the end-of-text token can
+reach it, so the padding is cut off before encoding, which prompts of ten tokens in a context of 77 repay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionpeft.clip.errors import ClipError
+from visionpeft.clip.templates import Template, fill
+
+Tokenizer = Callable[..., Tensor]
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> Tensor:
+    """Token ids (N, context_length); open_clip's tokenizers cut what is too long without a word, this one does not.
+
+    Raises:
+        ClipError: a text has more tokens than the context.
+    """
+    ids = tokenizer(list(texts), context_length=context_length + 1)
+    padding = tokenizer([""], context_length=context_length + 1)[0, -1]
+    long = (ids[:, -1] != padding).nonzero()
+    if len(long):
+        text = texts[int(long[0])]
+        shown = text if len(text) < 80 else f"{text[:77]}..."
+        raise ClipError(
+            f"{len(long)} of {len(ids)} texts have more tokens than the context of {context_length}: {shown!r}; "
+            "shorten the class name or the template"
+        )
+    return ids[:, :context_length]
+
+
+def text_root(model: nn.Module) -> Any:
+    """The module that holds the text tower's parts: the root of CLIP, `text` elsewhere."""
+    return getattr(model, "text", model)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether the text tower is open_clip's own and its feature depends on no token behind the end of text."""
+    root = text_root(model)
+    pool = getattr(root, "text_pool_type", getattr(root, "pool_type", None))
+    plain = type(root).__module__.startswith("open_clip.") and hasattr(root, "token_embedding")
+    masked = getattr(root, "attn_mask", None) is not None and getattr(root, "cls_emb", None) is None
+    return plain and masked and pool in ("argmax", "eos")
+
+
+def encode_tokens(model: nn.Module, ids: Tensor, embeddings: Tensor | None = None) -> Tensor:
+    """Text features (N, d), not normalised, of token ids (N, L).
+
+    Args:
+        embeddings: what stands instead of the token embeddings, (N, L, width), for learnt prompts; `ids` still says
+            where the text ends.
+
+    Raises:
+        ClipError: embeddings for a text tower that takes only ids.
+    """
+    if not is_causal(model):
+        if embeddings is not None:
+            raise ClipError(f"learnt prompts need open_clip's causal text tower, not a {type(model).__name__}'s")
+        return _encode(model, ids)
+    root = text_root(model)
+    end = _end(root, ids)
+    length = int(end.max()) + 1
+    dtype = root.transformer.get_cast_dtype()
+    x = root.token_embedding(ids[:, :length]) if embeddings is None else embeddings[:, :length]
+    x = x.to(dtype) + root.positional_embedding[:length].to(dtype)
+    x = root.transformer(x, attn_mask=root.attn_mask[:length, :length])
+    x = root.ln_final(x)[torch.arange(len(x), device=x.device), end]
+    projection = root.text_projection
+    return x if projection is None else projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+def _encode(model: Any, ids: Tensor) -> Tensor:
+    return model.encode_text(ids, normalize=False)
+
+
+def _end(root: Any, ids: Tensor) -> Tensor:
+    """Position of the end-of-text token: the highest id, or the one that the tower names."""
+    pool = getattr(root, "text_pool_type", getattr(root, "pool_type", None))
+    if pool == "argmax":
+        return ids.argmax(-1)
+    return (ids == getattr(root, "text_eos_id", getattr(root, "eos_id", None))).int().argmax(-1)
+
+
+def class_prompts(classes: Sequence[str], templates: Sequence[Template]) -> list[str]:
+    """Every template filled with every class, class by class.
+
+    Raises:
+        ClipError: no class, an empty name, or one that occurs twice, whose images could not be told apart.
+    """
+    if not classes:
+        raise ClipError("the list of classes is empty")
+    empty = [i for i, name in enumerate(classes) if not name.strip()]
+    twice = [name for i, name in enumerate(classes) if name in classes[:i]] if len(set(classes)) < len(classes) else []
+    if empty or twice:
+        what = f"class {empty[0]} has no name" if empty else f"class {twice[0]!r} is listed more than once"
+        raise ClipError(f"{what}: every class needs a name of its own")
+    return [fill(template, name) for name in classes for template in templates]
+
+
+def zero_shot_weights(model: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[Template],
+                      batch: int = 256) -> Tensor:  # fmt: skip
+    """Zero-shot classifier W (d, C), columns of unit length; the model runs in eval, without gradients.
+
+    Args:
+        batch: prompts encoded at once.
+
+    Raises:
+        ClipError: bad classes, or a prompt beyond the context.
+    """
+    prompts = class_prompts(classes, templates)
+    ids = tokenize(tokenizer, prompts, _context(model))
+    features = encode_all(model, ids, batch)
+    means = features.unflatten(0, (len(classes), len(templates))).mean(1)
+    return F.normalize(means, dim=-1).t()
+
+
+@torch.no_grad()
+def encode_all(model: nn.Module, ids: Tensor, batch: int = 256) -> Tensor:
+    """Unit-length text features (N, d) of token ids (N, L), in eval; short texts are encoded together."""
+    device = next(model.parameters()).device
+    order = (ids != 0).sum(1).argsort(stable=True)  # by length: less padding in a batch
+    was_training = model.training
+    model.eval()
+    try:
+        parts = [F.normalize(encode_tokens(model, ids[rows].to(device)), dim=-1) for rows in order.split(batch)]
+    finally:
+        model.train(was_training)
+    return torch.cat(parts)[order.argsort()]
+
+
+def _context(model: nn.Module) -> int:
+    found = getattr(model, "context_length", None)
+    if found is None:
+        raise ClipError(f"{type(model).__name__} has no context_length: is it a CLIP model of open_clip?")
+    return int(found)
