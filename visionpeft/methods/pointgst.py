@@ -26,55 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionpeft import backbones
-from visionpeft.adapter import Adapter, Method, factory
+from visionpeft.adapter import Adapter, factory
 from visionpeft.errors import SiteError
-from visionpeft.models.point_spectrum import Spectra, Spectrum
+from visionpeft.methods.points import PointMethod
 from visionpeft.models.point_ops import take
-from visionpeft.sites import Backbone, Site, inside
-
-
-@dataclass(frozen=True)
-class PointMethod(Method):
-    """A method for the point transformers of this library, whose class token and position learn in place.
-
-    Attributes:
-        legacy: numbers of the released code where they differ from the paper, and BatchNorms of the frozen encoder
-            that follow the training data; the method's file says what else.
-    """
-
-    kinds: ClassVar[frozenset[str]] = frozenset({"branch"})
-
-    legacy: bool = False
-
-    @property
-    def freezes_statistics(self) -> bool:  # type: ignore[override]
-        return not self.legacy
-
-    def default_targets(self, backbone: Backbone) -> str:
-        return "mlp"
-
-    def choose(self, backbone: Backbone) -> list[Site]:
-        if not any(site.kind == "stage" for site in backbone.sites()):
-            raise SiteError(
-                f"{type(self).__name__} needs a point transformer with its stages (visionpeft.models."
-                "point_transformer), whose blocks are given the centres of their tokens"
-            )
-        return super().choose(backbone)
-
-    def learns(self, sites: Sequence[Site], backbone: Backbone) -> list[tuple[str, str]]:
-        found = [(path, name) for path, _, name in backbone.named_tensors() if name in ("cls_token", "cls_pos")]
-        if self.legacy:
-            from visionpeft.attaching import statistics
-
-            found += [key for key in statistics(backbone) if not inside(key[0], backbone.heads())]
-        return found
-
-
-def point_block(site: Site, module: nn.Module) -> str | None:
-    """Why a block is given no centres, or None if it is."""
-    lib = backbones.library(module)
-    return None if lib is not None and lib.name == "visionpeft" else "its block is given no centres of points"
+from visionpeft.models.point_spectrum import Spectra, Spectrum
+from visionpeft.sites import Backbone, Site
 
 
 @dataclass(frozen=True)
@@ -83,15 +40,17 @@ class PointGST(PointMethod):
     Attributes:
         rank: width r of the adapters.
         local: centres k in a group; all of them where there are fewer.
+        legacy: the released numbers, see above.
     """
 
     key: ClassVar[str] = "pointgst"
+    kinds: ClassVar[frozenset[str]] = frozenset({"branch"})
 
     rank: int = 36
     local: int = 32
 
-    def refuses(self, site: Site, module: nn.Module) -> str | None:
-        return super().refuses(site, module) or point_block(site, module)
+    def default_targets(self, backbone: Backbone) -> str:
+        return "mlp"
 
     def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
         spectra = Spectra(self.local, self.legacy)

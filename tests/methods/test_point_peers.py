@@ -1,0 +1,216 @@
+"""IDPT, DAPT and PPT: the adapted classifier in float64 against its description, written out from the state dict."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import visionpeft as vp
+from visionpeft.errors import SiteError
+from visionpeft.models import point_ops
+from visionpeft.models.point_transformer import create
+
+TINY = {"groups": 8, "group_size": 4, "width": 12, "depth": 2, "heads": 2, "encoder": 12, "hidden": (4, 8),
+        "head_width": 8, "drop_path": 0.0}  # fmt: skip
+FIELDS = {"idpt": {"neighbours": 3}, "dapt": {"hidden": 4}, "ppt": {"tokens": 5, "hidden": 4}}
+
+
+def points(batch: int = 3, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(batch, 40, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def adapted(key: str, dtype=torch.float64, **fields):
+    torch.manual_seed(0)
+    model = create("point_mae", num_classes=5, **TINY).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    tuner = vp.attach(model, vp.METHODS[key](**FIELDS[key], **fields), train="head")
+    with torch.no_grad():
+        for p in tuner.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+        for m in model.modules():
+            if isinstance(m, torch.nn.BatchNorm1d):
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.5, 2)
+    return model.eval(), tuner
+
+
+class Hand:
+    """The pieces of Point-MAE from tensors, with a hook `touch(name, value)` behind every operation."""
+
+    def __init__(self, model, touch=lambda name, value: value) -> None:
+        self.s, self.touch = model.state_dict(), touch
+
+    def lin(self, name, x):
+        return self.touch(name, F.linear(x, self.s[f"{name}.weight"], self.s.get(f"{name}.bias")))
+
+    def norm(self, name, x):
+        weight = self.s[f"{name}.weight"]
+        return self.touch(name, F.layer_norm(x, weight.shape, weight, self.s[f"{name}.bias"]))
+
+    def batchnorm(self, name, x, eps=1e-5):
+        x = (x - self.s[f"{name}.running_mean"]) / (self.s[f"{name}.running_var"] + eps).sqrt()
+        return x * self.s[f"{name}.weight"] + self.s[f"{name}.bias"]
+
+    def conv(self, name, x):
+        return x @ self.s[f"{name}.weight"][..., 0].T + self.s[f"{name}.bias"]
+
+    def encode(self, around):
+        f = self.batchnorm("encoder.first_conv.1", self.conv("encoder.first_conv.0", around)).relu()
+        f = self.conv("encoder.first_conv.3", f)
+        f = torch.cat([f.max(2, keepdim=True).values.expand_as(f), f], -1)
+        f = self.batchnorm("encoder.second_conv.1", self.conv("encoder.second_conv.0", f)).relu()
+        return self.touch("encoder", self.conv("encoder.second_conv.3", f).max(2).values)
+
+    def position(self, centres):
+        return self.lin("pos_embed.2", F.gelu(self.lin("pos_embed.0", centres)))
+
+    def attention(self, b, x):
+        q, k, v = self.lin(f"{b}.attn.qkv", self.norm(f"{b}.norm1", x)).chunk(3, -1)
+        q, k, v = (z.unflatten(-1, (2, -1)).transpose(1, 2) for z in (q, k, v))
+        a = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return x + self.lin(f"{b}.attn.proj", a.transpose(1, 2).flatten(2))
+
+    def mlp(self, b, n):
+        return self.lin(f"{b}.mlp.fc2", F.gelu(self.lin(f"{b}.mlp.fc1", n)))
+
+    def head(self, *features):
+        y = torch.cat(features, -1)
+        for i in (0, 4):
+            y = self.batchnorm(f"cls_head_finetune.{i + 1}", self.lin(f"cls_head_finetune.{i}", y)).relu()
+        return self.lin("cls_head_finetune.8", y)
+
+    def start(self, centres, tokens):
+        front, place = (self.s[name].expand(len(tokens), -1, -1) for name in ("cls_token", "cls_pos"))
+        return torch.cat([front, tokens], 1), torch.cat([place, self.position(centres)], 1)
+
+
+def places(tuner, role: str):
+    return [a for site, a in tuner.adapters.items() if site.role == role]
+
+
+def close(model, expected):
+    torch.testing.assert_close(model(points()), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_idpt_by_its_description():
+    model, tuner = adapted("idpt")
+    hand, (a,) = Hand(model), places(tuner, "block")
+    around, centres = point_ops.group(points(), 8, 4)
+    x, pos = hand.start(centres, hand.encode(around))
+    for i in range(2):
+        b = f"blocks.blocks.{i}"
+        if i == 1:
+            f, maps = x[:, 1:], []
+            for weight, bn in zip(a.edges, a.norms, strict=False):
+                near = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist").topk(3, largest=False).indices
+                pairs = torch.stack([f[c][near[c]] for c in range(3)])
+                own = f.unsqueeze(2).expand_as(pairs)
+                e = torch.cat([pairs - own, own], -1) @ weight.T
+                e = (e - bn.running_mean) / (bn.running_var + 1e-5).sqrt() * bn.weight + bn.bias
+                f = F.leaky_relu(e, 0.2).max(2).values
+                maps.append(f)
+            bn, e = a.norms[3], torch.cat(maps, -1) @ a.join.T
+            e = (e - bn.running_mean) / (bn.running_var + 1e-5).sqrt() * bn.weight + bn.bias
+            prompt = F.leaky_relu(e, 0.2).max(1, keepdim=True).values
+            x = torch.cat([x[:, :1], prompt, x[:, 1:]], 1)
+            pos = torch.cat([pos[:, :1], a.position.expand(3, -1, -1), pos[:, 1:]], 1)
+        x = hand.attention(b, x + pos)
+        x = x + hand.mlp(b, hand.norm(f"{b}.norm2", x))
+    x = hand.norm("norm", x)
+    close(model, hand.head(x[:, 0], x[:, 1], x[:, 2:].max(1).values))
+
+
+def test_dapt_by_its_description():
+    model, tuner = adapted("dapt")
+    scale = {site.path: a for site, a in tuner.adapters.items() if hasattr(a, "gamma") and site.role != "block"}
+    assert len(scale) == 2 + 6 * 2
+    hand = Hand(model, lambda n, v: v * scale[n].gamma + scale[n].beta if n in scale else v)
+    around, centres = point_ops.group(points(), 8, 4)
+    x, pos = hand.start(centres, hand.encode(around))
+    x = x + pos
+    for i, (a, p) in enumerate(zip(places(tuner, "mlp"), places(tuner, "block"), strict=True)):
+        b = f"blocks.blocks.{i}"
+        x = hand.attention(b, x)
+        n = hand.norm(f"{b}.norm2", x)
+        m = F.layer_norm(n, (12,), a.norm_weight, a.norm_bias)
+        branch = (F.gelu(m @ a.down_weight.T + a.down_bias) @ a.up_weight.T + a.up_bias)
+        branch = branch * (m @ a.scale_weight.T + a.scale_bias).relu()
+        x = x + hand.mlp(b, n) + branch
+        prompt = F.gelu(branch).mean(1, keepdim=True) * p.gamma + p.beta
+        x = torch.cat([x[:, :1], prompt, x[:, 1:]], 1)
+    x = hand.norm("norm", x)
+    assert x.shape[1] == 1 + 2 + 8
+    close(model, hand.head(x[:, 0], x[:, 1:3].mean(1), x[:, 3:].max(1).values))
+
+
+def test_ppt_by_its_description():
+    model, tuner = adapted("ppt")
+    hand, (mlps,) = Hand(model), [a for site, a in tuner.adapters.items() if site.kind == "shared"]
+
+    def run(i, x):
+        h = F.gelu(x @ mlps.weight_in[i].T + mlps.bias_in[i])
+        return h @ mlps.weight_out[i].T + mlps.bias_out[i]
+
+    groups = [point_ops.group(points(), count, 4) for count in (8, 5)]
+    centres = torch.cat([c for _, c in groups], 1)
+    x, pos = hand.start(centres, torch.cat([hand.encode(around) for around, _ in groups], 1))
+    for i in range(2):
+        b = f"blocks.blocks.{i}"
+        x = x + pos
+        x = torch.cat([x[:, :1], x[:, 1:9] + run(0, x[:, 1:9]), x[:, 9:] + run(1, x[:, 9:])], 1)
+        x = hand.attention(b, x)
+        x = x + hand.mlp(b, hand.norm(f"{b}.norm2", x)) + run(2, x)
+    x = hand.norm("norm", x)
+    close(model, hand.head(x[:, 0], x[:, 1:9].mean(1), x[:, 9:].mean(1)))
+
+
+def test_adapters_of_dapt_stand_before_drop_path():
+    model, tuner = adapted("dapt")
+    block = model.blocks.blocks[1].train()
+    block.drop_path2.rate = 1 - 1e-9  # drops every sample
+    x, centres = torch.randn(3, 9, 12, dtype=torch.float64), points()[:, :8]
+    with torch.no_grad():
+        out = block(x, None, centres)
+    hand = Hand(model, lambda n, v: v)
+    scale = {site.path: a for site, a in tuner.adapters.items() if hasattr(a, "gamma") and site.role != "block"}
+    hand.touch = lambda n, v: v * scale[n].gamma + scale[n].beta if n in scale else v
+    expected = hand.attention("blocks.blocks.1", x)
+    torch.testing.assert_close(torch.cat([out[:, :1], out[:, 2:]], 1), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_saved_loaded_and_taken_off(key, tmp_path):
+    model, tuner = adapted(key, torch.float32)
+    x = points(dtype=torch.float32)
+    y = model(x)
+    tuner.save(tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    other = create("point_mae", num_classes=7, **TINY).eval()  # another classifier: the adapter brings its own
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    loaded = vp.load(other, tmp_path / "a.safetensors")
+    assert other.eval()(x).shape == (3, 5)
+    loaded.detach()
+    assert other(x).shape == (3, 7) and all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+    copied = tuner.state_dict()
+    again, second = adapted(key, torch.float32)
+    second.load_state_dict(copied)
+    assert torch.equal(again(x), y)
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_every_tensor_learns(key):
+    model, tuner = adapted(key, torch.float32)
+    model.train()
+    model(points(dtype=torch.float32)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tuner.parameters())
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_other_models_are_refused(key):
+    with pytest.raises(SiteError, match="point transformer"):
+        vp.attach(torch.nn.Linear(2, 2), key)
+    with pytest.raises(SiteError, match="one class token"):
+        vp.attach(create("pointgpt_s", 5, **TINY), key)

@@ -1,0 +1,39 @@
+"""Parameters of the methods for point clouds as their papers count them: on Point-MAE with 15 or 40 classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import visionpeft as vp
+from visionpeft.models.point_transformer import create
+
+
+def count(name: str, key: str, classes: int = 15) -> tuple[int, int]:
+    """Of the method alone, and with the classifier."""
+    with torch.device("meta"):
+        tuner = vp.attach(create(name, classes), key, train="head")
+    return tuner.num_parameters, sum(p.numel() for p in tuner.parameters())
+
+
+TOKENS = 2 * 384
+
+
+@pytest.mark.parametrize(("key", "classes", "own", "whole"), [
+    ("pointgst", 15, 12 * 29_544 + TOKENS, 622_831),
+    ("pointgst", 40, 12 * 29_544 + TOKENS, 629_256),
+    ("idpt", 15, 1_330_176 + TOKENS, 1_696_783),
+    ("dapt", 15, 1_087_771 - 365_839, 1_087_771),
+    ("ppt", 15, 1_042_191 - 365_839, 1_042_191),
+    ("linear", 15, 0, 267_535),
+    ("full", 15, 22_093_327, 22_093_327),
+    ("vpt", 15, 12 * 10 * 384, 12 * 10 * 384 + 267_535),
+    ("lora", 15, 12 * 2 * 8 * 2 * 384, 12 * 2 * 8 * 2 * 384 + 267_535),
+])  # fmt: skip
+def test_on_point_mae(key, classes, own, whole):
+    assert count("point_mae", key, classes) == (own, whole)
+
+
+def test_on_pointgpt_l():
+    own, whole = count("pointgpt_l", "pointgst")
+    assert (own - 2 * 1024, whole - 2 * 1024) == (1_830_336, 2_425_551)
