@@ -7,6 +7,7 @@ from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.dapt import DAPT
 from visionpeft.methods.difffit import DiffFit
 from visionpeft.methods.fact import FacTTK, FacTTT
+from visionpeft.methods.idpt import IDPT
 from visionpeft.methods.in_place import BitFit, FullFineTuning, LinearProbe, LNTuning
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.krona import KronA
@@ -14,6 +15,7 @@ from visionpeft.methods.ssf import SSF
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.parallel import ParallelAdapter
 from visionpeft.methods.pointgst import PointGST
+from visionpeft.methods.ppt import PPT
 from visionpeft.methods.repadapter import RepAdapter
 from visionpeft.methods.hydra import Hydra
 from visionpeft.methods.vpt import VPT
@@ -39,6 +41,9 @@ METHODS: dict[str, type[Method]] = {
         FullFineTuning,
         KronA,
         PointGST,
+        IDPT,
+        DAPT,
+        PPT,
     )
 }
 
