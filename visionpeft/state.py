@@ -227,9 +227,9 @@ def _sites(header: dict[str, Any], backbone: Backbone, path: str | Path) -> list
     here = {(s.path, s.part, s.kind): s for s in backbone.sites()}
     found, wrong = [], []
     for entry in header["sites"]:
-        if entry["kind"] == "shared":
-            continue  # made by the method for its sites
         site = here.get((entry["path"], entry["part"], entry["kind"]))
+        if entry["kind"] == "shared" or (site is None and not entry["tensors"]):
+            continue  # made by the method for its sites
         label = entry["path"] + (f":{entry['part']}" if entry["part"] else "")
         shape = "x".join(map(str, entry["shape"]))
         if site is None:

@@ -38,7 +38,7 @@ def test_whole_model_bound_before(case):
     zoo.disturb(tuner, seed=4)  # new values need no new graph
     assert zoo.distance(zoo.see(compiled, x), zoo.see(model, x)) < TOLERANCE
     assert counter.frame_count == 1
-    if case.method in ("vpt", "linear"):
+    if case.method in {"linear", *zoo.WHOLE}:
         return
     for scale in (0.5, 0.25, 0.75, 2.0):
         tuner.scale = scale
@@ -113,7 +113,7 @@ def test_per_block(case, bound):
     if bound == "before":
         compile_all()
     y = zoo.see(model, x)
-    assert counter.frame_count - before <= (3 if case.method == "vpt" else 2)
+    assert counter.frame_count - before <= (3 if case.method in zoo.WHOLE else 2)
     with torch.compiler.set_stance("force_eager"):
         eager = zoo.see(model, x)
     assert zoo.distance(y, eager) < TOLERANCE

@@ -61,8 +61,8 @@ def test_scale_goes_from_base_to_adapted(case):
     if case.method == "linear":
         pytest.skip("train= tensors are taken whole")
     on = zoo.see(model, x)
-    if case.method == "vpt":
-        with pytest.raises(VisionPEFTError, match="VPT"):
+    if case.method in zoo.WHOLE:
+        with pytest.raises(VisionPEFTError, match="acts wholly"):
             tuner.scale = 0.5
         assert tuner.scale == 1 and torch.equal(on, zoo.see(model, x))
         return
@@ -79,7 +79,7 @@ def test_scale_goes_from_base_to_adapted(case):
 
 @every
 def test_scale_of_a_train_tensor_is_left_alone(case):
-    if "head" not in zoo.OFFERS[case.backbone] or case.method in ("vpt", "full"):
+    if "head" not in zoo.OFFERS[case.backbone] or case.method in {"full", *zoo.WHOLE}:
         pytest.skip("no head, or no scale")
     model, tuner = zoo.tune(case)
     head = model.get_submodule(vp.sites.Backbone(model).heads()[0])
@@ -139,7 +139,7 @@ def test_two_at_once_learn_or_say_that_they_cannot(case):
 
 @every
 def test_at_half_strength_it_learns_or_says_that_it_cannot(case):
-    if case.method in ("linear", "vpt"):
+    if case.method in {"linear", *zoo.WHOLE}:
         pytest.skip("no scale")
     model, tuner = zoo.tune(case, train=False)
     with warnings.catch_warnings(record=True) as told:

@@ -110,6 +110,10 @@ NEEDS: dict[str, tuple[set[str], ...]] = {
     "houlsby": ({"attention"}, {"mlp"}),
     "parallel": ({"mlp"},),
     "convpass": ({"attention"}, {"mlp"}),
+    "compacter": ({"attention"}, {"mlp"}),
+    "mosa": ({"mlp"},),
+    "prefix": ({"block"},),
+    "noah": ({"block"},),
 }
 
 # Methods that act in the same way as others run on a plain ViT and on those where they act in yet another way.
@@ -120,12 +124,20 @@ ONLY: dict[str, tuple[str, ...]] = {
     "parallel": ("vit", "swinv2"),
     "repadapter": ("vit", "convnext"),
     "hydra": ("vit", "clip"),
+    "prefix": ("vit",),
+    "compacter": ("vit",),
+    "mosa": ("vit", "swinv2"),
+    "rein": ("vit", "dinov2"),
+    "noah": ("vit",),
     "difffit": ("vit", "swinv2", "resnet", "clip"),
     "krona": ("vit", "swinv2", "clip"),
 }
 
 # Hyper-parameters that fit the tiny widths; whatever is not named here keeps its default.
-SMALL: dict[str, Any] = {"rank": 2, "hidden": 4, "tokens": 3, "dropout": 0.0, "a1": 2, "a2": 4}
+SMALL: dict[str, Any] = {"rank": 2, "hidden": 4, "tokens": 3, "dropout": 0.0, "a1": 2, "a2": 4, "experts": 1}
+
+# Methods that change the number of tokens or whole blocks act wholly or not at all.
+WHOLE = {"vpt", "prefix", "rein", "noah"}
 
 # torch's attention is replaced by another one of the same formula: equal to tolerance, not to the bit.
 INEXACT = ("encoder", "clip")

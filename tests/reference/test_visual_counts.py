@@ -18,6 +18,12 @@ BASE = {  # ViT-B/16, without head
     "repadapter": (M.RepAdapter(), 239_808),
     "repadapter attention": (M.RepAdapter(targets="qkv"), 119_904),
     "hydra": (M.Hydra(), 239_712),
+    "prefix 10": (M.PrefixTuning(), 12 * 2 * 10 * 768),
+    "compacter 8": (M.Compacter(hidden=8), 55_936),
+    "compacter 32": (M.Compacter(hidden=32), 57_664),
+    "mosa": (M.MoSA(), 322_752),
+    "noah": (M.NOAH(), 12 * (5 * 4 * 768 + 2 * 5 * 768 + 5 + 768 + 5 * 768)),
+    "noah by block": (M.NOAH(lora=(10,) * 6 + (0,) * 6, adapter=0, prompts=(1,) * 12), 6 * 10 * 4 * 768 + 12 * 768),
 }
 
 LARGE = {  # D = 1024, L = 24
@@ -27,6 +33,7 @@ LARGE = {  # D = 1024, L = 24
     "parallel": (M.ParallelAdapter(hidden=8), 24 * (2 * 1024 * 8 + 8 + 1024)),
     "repadapter": (M.RepAdapter(), 2 * 24 * (1024 * 8 + 8 + 1024 * 4 + 1024)),
     "hydra": (M.Hydra(rank=4), 24 * (5 * 1024 * 4 + 4 + 1024 + 3 * (2 * 1024 * 4 + 4 + 1024))),
+    "rein": (M.Rein(), 2_990_081 - (1024 * 256 + 256) - (768 * 256 + 256)),  # without the decoder's link
 }
 
 
