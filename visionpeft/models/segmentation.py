@@ -13,7 +13,7 @@ they are padded below and at the right to what the encoder can take, and the log
 
 The simple feature pyramid is that of ViTDet (arXiv 2203.16527). FPN, UPerNet and DPT are the decoders of
 segmentation-models-pytorch with two differences: GroupNorm instead of BatchNorm, since adapters freeze batch
-statistics and small batches have poor ones, and half of its width, 128 channels, unless told otherwise.
+statistics and small batches have poor ones, and 128 channels instead of 256 unless told otherwise.
 """
 
 from __future__ import annotations
@@ -192,12 +192,12 @@ class Fused(nn.Module):
         # Its decoders count from the image on and skip the first two maps.
         given = [3, 0, *widths]
         if kind == "fpn":
-            self.fuse = file.FPNDecoder(given, pyramid_channels=channels, segmentation_channels=channels // 2)
+            self.fuse = file.FPNDecoder(given, pyramid_channels=channels)
         else:
             self.fuse = file.UPerNetDecoder(given, decoder_channels=channels)
         require(f"{smp}.base.initialization", extra="segmentation").initialize_decoder(self.fuse)
         without_batch_norm(self.fuse)
-        self.classify = nn.Conv2d(channels // 2 if kind == "fpn" else channels, classes, 1)
+        self.classify = nn.Conv2d(getattr(self.fuse, "out_channels", channels), classes, 1)
 
     def forward(self, maps: list[tuple[Tensor, Tensor | None]]) -> Tensor:
         found = [y for y, _ in maps] if self.pyramid is None else self.pyramid(maps[-1][0])
@@ -226,7 +226,8 @@ class DPT(nn.Module):
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """Groups of four channels at least: maps of a single pixel are normalised too."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def without_batch_norm(module: nn.Module) -> None:
