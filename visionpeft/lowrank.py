@@ -3,7 +3,7 @@
     z = x W^T + b,   z[..., lo:hi] += scale * (drop(x) A^T) B^T     for every part (lo, hi, scale, A, B, dropout)
     y = gamma * z + beta                                            for a rescaling (gamma, beta, source), if any
 
-Kept for backward: x A^T of each part (r numbers a token), the parameters, what rebuilds x (`memory.recipe`), and what
+Kept for backward: A x^T of each part (r numbers a token), the parameters, what rebuilds x (`memory.recipe`), and what
 the rescaling's source says. Dropout masks are drawn again from a seed. Plain torch does the same where autograd must
 see every step: under compile and torch.func transforms, on meta tensors, and for double backward once `tuner.fused`
 is False.
@@ -127,7 +127,7 @@ class _Spec(NamedTuple):
 
 def _compute(x: Tensor, w: Tensor, b: Tensor | None, spec: Sequence[_Spec], dtype: torch.dtype,
              ab: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """The output, and h = drop(x) A^T of every part."""
+    """The output, and h = A drop(x)^T of every part: rank first, which is several times faster than rank last."""
     x2 = x.to(dtype).reshape(-1, x.shape[-1])
     out = x2.new_empty(*x.shape[:-1], w.shape[0])
     y = out.view(-1, w.shape[0])
@@ -137,7 +137,7 @@ def _compute(x: Tensor, w: Tensor, b: Tensor | None, spec: Sequence[_Spec], dtyp
         torch.addmm(b.to(dtype), x2, w.to(dtype).t(), out=y)
     hs = _down(x2, spec, ab[0::2])
     for h, s, up in zip(hs, spec, ab[1::2], strict=True):
-        y[:, s.lo : s.hi].addmm_(h, up.to(dtype).t(), alpha=s.scale)
+        y[:, s.lo : s.hi].addmm_(h.t(), up.to(dtype).t(), alpha=s.scale)
     return out, hs
 
 
@@ -163,16 +163,13 @@ class _Fused(torch.autograd.Function):
         n, dtype = len(ctx.spec), ctx.dtype
         ab, hs, rest = rest[: 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
         with torch.autocast(dy.device.type, enabled=False):
-            kept = rest[: ctx.kept]
-            x = ctx.make(*kept) if ctx.make else kept[0] if kept else None
-            x2 = None if x is None else x.to(dtype).reshape(-1, ctx.x_shape[-1])
+            y, z = _take_output(ctx), rest[-1] if ctx.source == "kept" else None
+            lacks_z = gamma is not None and y is None and z is None
+            x2: Any = _take_input(ctx, rest) if n or ctx.needs_input_grad[1] or lacks_z else None
             d2 = dy.to(dtype).reshape(-1, dy.shape[-1])
             dgamma = dbeta = None
             if gamma is not None:
-                y = _take_output(ctx)
-                z = rest[-1] if ctx.source == "kept" else None
-                if y is None and z is None:
-                    z = _compute(x2, w, b, ctx.spec, dtype, ab)[0]
+                z = _compute(x2, w, b, ctx.spec, dtype, ab)[0] if lacks_z else z
                 dgamma, dbeta = _rescale_grads(d2, y, z, gamma, beta)
                 d2 = d2 * gamma.to(dtype)
             dx = d2 @ w.to(dtype) if ctx.needs_input_grad[0] else None
@@ -181,6 +178,12 @@ class _Fused(torch.autograd.Function):
             db = d2.sum(0).to(b.dtype) if ctx.needs_input_grad[2] else None
         dx = None if dx is None else dx.view(ctx.x_shape).to(ctx.x_dtype)
         return dx, dw, db, dgamma, dbeta, *[None] * (5 + ctx.kept), *grads
+
+
+def _take_input(ctx: Any, kept: Sequence[Tensor]) -> Tensor:
+    """x as rows, (tokens, in)."""
+    x = ctx.make(*kept[: ctx.kept]) if ctx.make else kept[0]
+    return x.to(ctx.dtype).reshape(-1, ctx.x_shape[-1])
 
 
 def _take_output(ctx: Any) -> Tensor | None:
@@ -199,39 +202,37 @@ def _rescale_grads(d2: Tensor, y: Tensor | None, z: Tensor | None, gamma: Tensor
 
 
 def _down(x2: Tensor, spec: Sequence[_Spec], downs: Sequence[Tensor]) -> list[Tensor]:
-    """h = drop(x) A^T of every part; one product for all where nothing is dropped."""
+    """h (r, tokens) = A drop(x)^T of every part; one product for all where nothing is dropped."""
     if any(s.dropout for s in spec):
         xs = (_mask(x2, s.dropout, s.seed).mul_(x2) if s.dropout else x2 for s in spec)
-        return [x @ a.to(x2.dtype).t() for x, a in zip(xs, downs, strict=True)]
-    if len(downs) < 2:
-        return [x2 @ a.to(x2.dtype).t() for a in downs]
-    h = x2 @ torch.cat(list(downs)).to(x2.dtype).t()
-    return list(h.split([a.shape[0] for a in downs], 1))
+        return [a.to(x2.dtype) @ x.t() for x, a in zip(xs, downs, strict=True)]
+    if not downs:
+        return []
+    return list((torch.cat(list(downs)).to(x2.dtype) @ x2.t()).split([a.shape[0] for a in downs]))
 
 
 def _part_grads(x2: Tensor, d2: Tensor, dx: Tensor | None, spec: Sequence[_Spec], ab: Sequence[Tensor],
                 hs: Sequence[Tensor]) -> list[Tensor]:  # fmt: skip
     """Gradients of every A and B, in turn; what flows to x through the parts is added to dx."""
     downs, ups = ab[0::2], ab[1::2]
-    ranks = [a.shape[0] for a in downs]
-    dh = torch.empty(x2.shape[0], sum(ranks), dtype=x2.dtype, device=x2.device)
-    db = []
-    for s, up, h, block in zip(spec, ups, hs, dh.split(ranks, 1), strict=True):
+    dhs, db = [], []
+    for s, up, h in zip(spec, ups, hs, strict=True):
         d = d2[:, s.lo : s.hi]
-        block.copy_((d @ up.to(d.dtype)).mul_(s.scale))
-        db.append((d.t() @ h).mul_(s.scale).to(up.dtype))
+        dhs.append((up.to(d.dtype).t() @ d.t()).mul_(s.scale))  # (r, tokens)
+        db.append((h @ d).mul_(s.scale).t().to(up.dtype))
     if any(s.dropout for s in spec):
-        da = [_dropped(x2, dx, block, s, a) for s, block, a in zip(spec, dh.split(ranks, 1), downs, strict=True)]
+        da = [_dropped(x2, dx, dh, s, a) for s, dh, a in zip(spec, dhs, downs, strict=True)]
     else:
-        da = list((dh.t() @ x2).split(ranks))
+        dh = torch.cat(dhs)
+        da = list((dh @ x2).split([a.shape[0] for a in downs]))
         if dx is not None:
-            dx.addmm_(dh, torch.cat(list(downs)).to(dx.dtype))
+            dx.addmm_(dh.t(), torch.cat(list(downs)).to(dx.dtype))
     return [g for a, ga, gb in zip(downs, da, db, strict=True) for g in (ga.to(a.dtype), gb)]
 
 
 def _dropped(x2: Tensor, dx: Tensor | None, dh: Tensor, s: _Spec, a: Tensor) -> Tensor:
-    """Gradient of one A under dropout, the mask drawn again."""
+    """Gradient of one A under dropout, the mask drawn again; dh (r, tokens)."""
     mask = _mask(x2, s.dropout, s.seed)
     if dx is not None:
-        dx.add_((dh @ a.to(dx.dtype)).mul_(mask))
-    return dh.t() @ mask.mul_(x2)
+        dx.add_((dh.t() @ a.to(dx.dtype)).mul_(mask))
+    return dh @ mask.mul_(x2)
