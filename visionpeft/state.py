@@ -42,10 +42,12 @@ def save(tuner: Tuner, path: str | Path, metadata: dict[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     seen: dict[int, str] = {}  # tensors shared by several sites are written once
+    alive: list[Tensor] = []  # so that no other has their id
 
     def enter(key: str, value: Tensor) -> str:
         if id(value) not in seen:
             seen[id(value)] = key
+            alive.append(value)
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # sharded by FSDP2
             tensors[key] = whole.detach().contiguous()
         return seen[id(value)]

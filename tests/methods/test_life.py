@@ -15,7 +15,8 @@ from visionpeft.errors import VisionPEFTError
 
 # What the papers start from where it is not the identity (reference B1, B3, B8). Houlsby's is near it.
 START = {"ssf": "elsewhere", "pfeiffer": "elsewhere", "vpt": "elsewhere", "houlsby": "near",
-         "prefix": "elsewhere", "noah": "elsewhere", "compacter": "near", "rein": "near"}  # fmt: skip
+         "prefix": "elsewhere", "noah": "elsewhere", "compacter": "near", "rein": "near",
+         "binary_lora": "near", "binary_adaptformer": "near"}  # fmt: skip
 
 # Rein changes patch tokens only: the classifier, which reads the class token, does not see those of the last block.
 UNSEEN = {"rein": "blocks.1."}

@@ -112,6 +112,7 @@ NEEDS: dict[str, tuple[set[str], ...]] = {
     "convpass": ({"attention"}, {"mlp"}),
     "compacter": ({"attention"}, {"mlp"}),
     "mosa": ({"mlp"},),
+    "binary_adaptformer": ({"mlp"},),
     "prefix": ({"block"},),
     "noah": ({"block"},),
 }
@@ -129,6 +130,8 @@ ONLY: dict[str, tuple[str, ...]] = {
     "mosa": ("vit", "swinv2"),
     "rein": ("vit", "dinov2"),
     "noah": ("vit",),
+    "binary_adaptformer": ("vit",),
+    "binary_lora": ("vit", "encoder"),
     "difffit": ("vit", "swinv2", "resnet", "clip"),
     "krona": ("vit", "swinv2", "clip"),
 }

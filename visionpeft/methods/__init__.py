@@ -18,6 +18,7 @@ from visionpeft.methods.pointgst import PointGST
 from visionpeft.methods.ppt import PPT
 from visionpeft.methods.repadapter import RepAdapter
 from visionpeft.methods.hydra import Hydra
+from visionpeft.methods.binary import BinaryAdaptFormer, BinaryLoRA
 from visionpeft.methods.vpt import VPT
 
 METHODS: dict[str, type[Method]] = {
@@ -37,6 +38,8 @@ METHODS: dict[str, type[Method]] = {
         ParallelAdapter,
         RepAdapter,
         Hydra,
+        BinaryAdaptFormer,
+        BinaryLoRA,
         LinearProbe,
         FullFineTuning,
         KronA,

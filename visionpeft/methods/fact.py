@@ -26,10 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionpeft.adapter import Adapter, Method, Shared, factory
-from visionpeft.errors import SiteError
+from visionpeft.methods.roles import there
 from visionpeft.sites import Backbone, Site
-
-ROLES = "query key value attn_out mlp_in mlp_out"
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,7 @@ class FacT(Method):
 
     def default_targets(self, backbone: Backbone) -> str:
         """Query, key, value, attention output and both MLP layers, those of them that there are."""
-        there = {site.role for site in backbone.sites()}
-        if not (found := [role for role in ROLES.split() if role in there]):
-            raise SiteError(f"{type(self).__name__} adapts linear sites of the roles {ROLES}: there are none")
-        return " ".join(found)
+        return there(self, backbone, "query key value attn_out mlp_in mlp_out")
 
     def refuses(self, site: Site, module: nn.Module) -> str | None:
         if (reason := super().refuses(site, module)) is not None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionpeft.adapter import Adapter, Forgiving, Method, factory
-from visionpeft.errors import SiteError
+from visionpeft.methods.roles import there
 from visionpeft.sites import Backbone, Site
 
 
@@ -41,10 +41,7 @@ class Hydra(Method):
     dropout: float = 0.0
 
     def default_targets(self, backbone: Backbone) -> str:
-        there = {site.role for site in backbone.sites()}
-        if not (found := [role for role in ("attn_out", "mlp_out") if role in there]):
-            raise SiteError("Hydra adapts linear sites of the roles attn_out and mlp_out: there are none")
-        return " ".join(found)
+        return there(self, backbone, "attn_out mlp_out")
 
     def build(self, site: Site, module: nn.Module) -> Adapter:
         return HydraAdapter(self, *site.shape, **factory(module))

@@ -7,9 +7,9 @@ Every block of a ViT has, each with a width of its own or not at all,
     prompts   learnt tokens, dropped behind the block                          VPT
 
 The search over widths is not here: give what it found, `NOAH(lora=(8, 0, 5, ...), adapter=..., prompts=...)`, one
-number for all blocks or one for each, 0 for none. NOAH puts its prompts last, here they follow the class token, which makes no
-difference to attention; its further prompts of the first layer with their position table are left out. Not the identity
-at the start. Does not merge as a whole.
+number for all blocks or one for each, 0 for none. NOAH puts its prompts last, here they follow the class token, which
+makes no difference to attention; its further prompts of the first layer with their position table are left out. Not the
+identity at the start. Does not merge as a whole.
 """
 
 from __future__ import annotations

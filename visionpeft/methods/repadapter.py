@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.binding import base_class
-from visionpeft.errors import MethodError, SiteError
+from visionpeft.errors import MethodError
+from visionpeft.methods.roles import there
 from visionpeft.sites import Backbone, Site
 
 
@@ -48,10 +49,7 @@ class RepAdapter(Method):
 
     def default_targets(self, backbone: Backbone) -> str:
         """qkv where it is one Linear that is called, and the first MLP layer."""
-        there = {site.role for site in backbone.sites()}
-        if not (found := [role for role in ("qkv", "mlp_in") if role in there]):
-            raise SiteError("RepAdapter adapts linear sites of the roles qkv and mlp_in: there are none")
-        return " ".join(found)
+        return there(self, backbone, "qkv mlp_in")
 
     def refuses(self, site: Site, module: nn.Module) -> str | None:
         if (reason := super().refuses(site, module)) is not None:
