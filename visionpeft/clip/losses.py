@@ -1,0 +1,109 @@
+r"""Losses of image-text pairs, and gradients of a large batch computed in pieces.
+
+    clip     (CE(s I T^T) + CE(s T I^T)) / 2, pair i being the right one of row i       (Radford et al., 2103.00020)
+    siglip   -1/N sum_ij log sigmoid(z_ij (s I_i T_j + b)), z = 1 on pairs, -1 off them (Zhai et al., 2303.15343)
+    clipfit  CE + lambda (1 - cos(t, t_frozen))                                          (Li et al., 2410.06140)
+
+A contrastive loss is no mean over samples, so that summing the losses of small batches is another loss. `in_pieces`
+keeps the large one (Gao et al., arXiv 2101.06983): features of all pieces without gradients, the loss and its
+gradients on those, then each piece again with them. Dropout draws the same masks both times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionpeft.clip.errors import ClipError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def clip_loss(images: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
+    """Unit-length features (N, d) each -> scalar."""
+    logits = scale * images @ texts.t()
+    pairs = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
+
+
+def siglip_loss(images: Tensor, texts: Tensor, scale: Tensor | float, bias: Tensor | float) -> Tensor:
+    """Unit-length features (N, d) each -> scalar, the mean over images of the sum over texts."""
+    logits = scale * images @ texts.t() + bias
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+def clipfit_loss(logits: Tensor, labels: Tensor, texts: Tensor, frozen: Tensor, weight: float = 8.0) -> Tensor:
+    """Cross-entropy of logits (N, C), and how far the class features (C, d) went from the frozen ones.
+
+    Args:
+        weight: lambda; the paper has 8 for base-to-new, 2 or 8 for few-shot.
+    """
+    return F.cross_entropy(logits, labels) + weight * (1 - F.cosine_similarity(texts, frozen, dim=-1)).mean()
+
+
+def loss_of(model: nn.Module, kind: str) -> Loss:
+    """The loss with the model's own scale and bias, which get gradients if they learn.
+
+    Raises:
+        ClipError: unknown kind, or SigLIP's for a model without a bias.
+    """
+    if kind not in ("clip", "siglip"):
+        raise ClipError(f"loss {kind!r}: use clip or siglip")
+    if kind == "clip":
+        return lambda images, texts: clip_loss(images, texts, model.logit_scale.exp())  # type: ignore[operator]
+    if getattr(model, "logit_bias", None) is None:
+        raise ClipError("the SigLIP loss needs a logit_bias, and this model has none: use loss clip")
+    return lambda images, texts: siglip_loss(images, texts, model.logit_scale.exp(), model.logit_bias)  # type: ignore
+
+
+def in_pieces(encode: Callable[..., Sequence[Tensor]], pieces: Sequence[tuple[Tensor, ...]], loss: Loss) -> Tensor:
+    """Backward of `loss` over all pieces together; returns its value. One piece's activations are alive at a time.
+
+    Args:
+        encode: the tensors of a piece -> image and text features (n, d).
+        pieces: the batch, cut up.
+    """
+    kept, states = [], []
+    for piece in pieces:
+        states.append(_random_state())
+        with torch.no_grad():
+            kept.append(encode(*piece))
+    whole = [torch.cat(parts).detach().requires_grad_() for parts in zip(*kept, strict=True)]
+    with torch.enable_grad():
+        value = loss(*whole)
+        value.backward()
+    grads = [t.grad.split([len(part) for part in parts])
+             for t, parts in zip(whole, zip(*kept, strict=True), strict=True)]  # type: ignore[union-attr]  # fmt: skip
+    after = _random_state()
+    for i, piece in enumerate(pieces):
+        _set_random_state(states[i])
+        learnt = [(f, g[i]) for f, g in zip(encode(*piece), grads, strict=True) if f.requires_grad]
+        torch.autograd.backward([f for f, _ in learnt], [g for _, g in learnt])
+    _set_random_state(after)
+    return value.detach()
+
+
+def check_pieces(model: nn.Module) -> None:
+    """Refuse pieces where a piece's statistics would stand for the batch's.
+
+    Raises:
+        ClipError: a BatchNorm in train.
+    """
+    norms = (nn.modules.batchnorm._BatchNorm,)
+    moving = next((path for path, m in model.named_modules() if isinstance(m, norms) and m.training), None)
+    if moving is not None:
+        raise ClipError(f"{moving} takes the statistics of its batch: pieces would change the loss; freeze it (eval)")
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
