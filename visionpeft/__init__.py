@@ -3,7 +3,7 @@
 tuner = visionpeft.attach(model, visionpeft.LoRA(rank=8), train="head")
 """
 
-from visionpeft import methods
+from visionpeft import formats, methods
 from visionpeft.activation import activate, tuners
 from visionpeft.attaching import attach
 from visionpeft.errors import DeadAdapterError, VisionPEFTError
@@ -33,6 +33,7 @@ __all__ = [
     "VisionPEFTError",
     "activate",
     "attach",
+    "formats",
     "inspect",
     "load",
     "methods",

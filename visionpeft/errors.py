@@ -30,6 +30,10 @@ class AdapterFileError(VisionPEFTError):
     """An adapter file is truncated, foreign, or made for another model."""
 
 
+class FormatError(VisionPEFTError):
+    """What an adapter is cannot be said in another tool's format, or a file of that tool cannot be read here."""
+
+
 class DataError(VisionPEFTError):
     """Data on disk are missing, malformed or inconsistent."""
 

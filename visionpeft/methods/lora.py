@@ -12,7 +12,7 @@ Merges everywhere.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,7 @@ class LoRA(Method):
         alpha: numerator of the scale; None means rank, so that the scale is 1.
         dropout: probability of dropping entries of the adapter's input; on Linears and plain convs.
         rslora: divide alpha by the root of the rank.
+        ranks: path of a module -> its rank, where that is another one; files of other tools have such.
         init: how A is drawn: "kaiming" (uniform, a = sqrt 5, as in the paper's code), "gaussian" (deviation 1 / rank).
     """
 
@@ -46,6 +47,7 @@ class LoRA(Method):
     dropout: float = 0.0
     rslora: bool = False
     init: str = "kaiming"
+    ranks: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +63,7 @@ class LoRA(Method):
         if (reason := super().refuses(site, module)) is not None:
             return reason
         out, width = site.shape[0], math.prod(site.shape[1:])
-        if self.rank > min(out, width):
+        if site.path not in (self.ranks or {}) and self.rank > min(out, width):
             return f"rank {self.rank} is above the {out} x {width} matrix: choose at most {min(out, width)}"
         own_branch = site.host or _plain_conv(module) or base_class(module).forward is nn.Linear.forward
         if self.dropout and not own_branch:
@@ -69,7 +71,8 @@ class LoRA(Method):
         return None
 
     def build(self, site: Site, module: nn.Module) -> Adapter:
-        return LoRAAdapter(self, site.shape, module if _plain_conv(module) else None, **factory(module))
+        rank = (self.ranks or {}).get(site.path, self.rank)
+        return LoRAAdapter(replace(self, rank=rank), site.shape, module if _plain_conv(module) else None, **factory(module))
 
 
 def _plain_conv(module: nn.Module) -> bool:
