@@ -58,6 +58,15 @@ def test_the_gradients_are_those_of_the_formula(source, parts, norm, twice):
         assert torch.allclose(found[name], expected[name], rtol=0, atol=1e-12), name
 
 
+def test_the_output_is_given_up_in_backward():
+    t = pieces()
+    y = fused(t, "output", parts=False)
+    node = y.grad_fn
+    assert node.y is not None and node.y.data_ptr() == y.data_ptr()
+    y.sum().backward()
+    assert node.y is None
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_write_to_the_output_does_not_spoil_them(source):
     t = pieces()
@@ -76,7 +85,7 @@ def test_a_scale_too_small_to_invert_is_not_inverted():
         adapter.source = "output"
         with torch.no_grad():
             adapter.gamma[0] = least
-        x = torch.randn(4, 6)
+        x = torch.randn(4, 6, requires_grad=True)
         model(x).square().sum().backward()
         z = model[1].weight @ model[0](x).T + model[1].bias[:, None]
         g = adapter.gamma.detach().clone().requires_grad_()
