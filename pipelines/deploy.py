@@ -1,4 +1,4 @@
-"""After training: a run folder or an adapter file back into a model, its predictions, its merged weights."""
+"""After training: a run folder or an adapter file back into a model, its predictions or masks, its merged weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +30,18 @@ class Deployed:
     model: nn.Module
     tuner: Any
     classes: list[str]
-    multi_label: bool
     spec: data.Preprocessing
     backbone: Backbone
+    metadata: dict[str, Any]
+
+    @property
+    def multi_label(self) -> bool:
+        return self.metadata.get("multi_label", False)
+
+    @property
+    def task(self) -> str:
+        """classification or segmentation."""
+        return self.metadata.get("task", "classification")
 
 
 @dataclass(frozen=True)
@@ -74,13 +84,24 @@ def restore(run: str | Path, checkpoint: str | None = None) -> Deployed:
     metadata = vp.state.read_header(path).get("metadata", {})
     missing = [key for key in ("backbone", "classes", "preprocessing") if key not in metadata]
     if missing:
-        raise AdapterFileError(f"{path} is not of `visionpeft classify`: its metadata lack {', '.join(missing)}")
+        raise AdapterFileError(f"{path} is not of `visionpeft classify` or `segment`: its metadata lack "
+                               f"{', '.join(missing)}")
     named = Backbone(**metadata["backbone"])
     backbone = named if checkpoint is None else Backbone(named.name, checkpoint, named.img_size)
-    model = build(backbone, len(metadata["classes"]), pretrained=metadata.get("pretrained", True))
+    model = _make(backbone, metadata, metadata.get("pretrained", True))
     tuner = vp.load(model, path)
-    return Deployed(model.eval(), tuner, metadata["classes"], metadata.get("multi_label", False),
-                    data.Preprocessing.from_dict(metadata["preprocessing"]), backbone)
+    return Deployed(model.eval(), tuner, metadata["classes"],
+                    data.Preprocessing.from_dict(metadata["preprocessing"]), backbone, metadata)
+
+
+def _make(backbone: Backbone, metadata: dict[str, Any], pretrained: bool) -> nn.Module:
+    """The model without its adapter."""
+    classes = len(metadata["classes"])
+    if metadata.get("task") != "segmentation":
+        return build(backbone, classes, pretrained=pretrained)
+    from visionpeft.pipelines.segmentation import make_model
+
+    return make_model(backbone, classes, metadata["decoder"], metadata["channels"], pretrained=pretrained)
 
 
 def image_files(images: str | Path) -> list[Path]:
@@ -134,8 +155,37 @@ def write_predictions(path: Path, predictions: list[Prediction]) -> None:
     runs.write_text(path, text.getvalue())
 
 
+@torch.no_grad()
+def write_masks(deployed: Deployed, images: str | Path, out: Path) -> int:
+    """Segment an image or all images of a folder; returns how many.
+
+    Writes, for each image, out/masks/NAME.png, a palette picture whose values are the classes, and
+    out/overlays/NAME.png, the image under their colours; and the names of the classes into out/classes.txt.
+
+    Raises:
+        DataError: an image cannot be read; it is named.
+    """
+    from visionpeft.data.mask_transforms import together
+    from visionpeft.report.segmentation import coloured, overlay
+    from visionpeft.training.dense import Windows
+
+    windows = Windows(deployed.metadata["windows"], deployed.metadata["overlap"])
+    transform, paths = together(deployed.spec), image_files(images)
+    base = Path(images) if Path(images).is_dir() else Path(images).parent
+    for path in paths:
+        image = data.read_image(path)
+        inputs = transform(image, np.zeros((image.height, image.width), np.uint8))[0][None]
+        mask = windows.logits(deployed.model, inputs)[0].argmax(0).to(torch.uint8).numpy()
+        for kind, picture in (("masks", coloured(mask)), ("overlays", overlay(image, mask))):
+            target = (out / kind / path.relative_to(base)).with_suffix(".png")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(target)
+    runs.write_text(out / "classes.txt", "".join(f"{name}\n" for name in deployed.classes))
+    return len(paths)
+
+
 def merged_model(deployed: Deployed) -> nn.Module:
-    """A new timm model without anything of this library, that computes what the adapted one does.
+    """A new model without adapters, of timm (for segmentation with a decoder), that computes what the adapted one does.
 
     Raises:
         MergeError: the method is no change of weights; it is named.
@@ -145,7 +195,7 @@ def merged_model(deployed: Deployed) -> nn.Module:
     with torch.no_grad():
         expected = deployed.model(example)
     deployed.tuner.merge()
-    plain = build(deployed.backbone, len(deployed.classes), pretrained=False).eval()
+    plain = _make(deployed.backbone, deployed.metadata, pretrained=False).eval()
     plain.load_state_dict(deployed.model.state_dict())
     with torch.no_grad():
         worst = float((plain(example) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
@@ -175,7 +225,12 @@ def export(model: nn.Module, path: Path, size: tuple[int, int]) -> None:
 
 
 def loading_line(deployed: Deployed, path: Path) -> str:
-    """Python that loads merged weights without this library."""
+    """Python that loads merged weights: without this library, but for decoders of segmentation."""
+    if deployed.task == "segmentation":
+        made = f"{deployed.backbone}, {len(deployed.classes)}, {deployed.metadata['decoder']!r}, " \
+               f"{deployed.metadata['channels']}, pretrained=False"
+        return (f"visionpeft.pipelines.segmentation.make_model({made})"
+                f'.load_state_dict(safetensors.torch.load_file("{path}"))')
     name, size = deployed.backbone.name, deployed.backbone.img_size
     extra = f", img_size={size}" if size is not None else ""
     return (f'timm.create_model("{name}", num_classes={len(deployed.classes)}{extra})'

@@ -125,12 +125,12 @@ class Settings(Common):
 
 
 @dataclass(frozen=True)
-class Config(OneCell, Settings):
+class Config(Settings, OneCell):
     """One cell of classification."""
 
 
 @dataclass(frozen=True)
-class Sweep(ManyCells, Settings):
+class Sweep(Settings, ManyCells):
     """Cells over tasks, methods and seeds."""
 
     tasks: tuple[str, ...] = ("all",)

@@ -1,4 +1,4 @@
-"""The command line: visionpeft classify | predict | merge | inspect | zero-shot | data check."""
+"""The command line: visionpeft classify | segment | predict | merge | inspect | zero-shot | data check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from visionpeft.errors import VisionPEFTError, require
 
 if TYPE_CHECKING:
-    from visionpeft.pipelines.settings import Sweep
+    from visionpeft.pipelines.settings import ManyCells, Sweep
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,12 +34,15 @@ def _dispatch(arguments: list[str]) -> int:
     tyro = require("tyro", extra="train")
     # Evaluated here, since importing the pipelines takes a while and needs the train extra.
     from visionpeft.clip import commands as clip
+    from visionpeft.pipelines import segmentation_settings as segmentation
     from visionpeft.pipelines.settings import Sweep
 
-    _classify.__annotations__["plan"] = Sweep
-    _classify.__defaults__ = (Sweep(),)
+    for command, default in ((_classify, Sweep()), (_segment, segmentation.Sweep())):
+        command.__annotations__["plan"] = type(default)
+        command.__defaults__ = (default,)
     app, data = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
     app.command(_classify, name="classify")
+    app.command(_segment, name="segment")
     app.command(_predict, name="predict")
     app.command(_merge, name="merge")
     app.command(_inspect, name="inspect")
@@ -58,14 +61,23 @@ def _classify(plan: Sweep) -> int:
     With no arguments: a small ViT, pre-trained on CIFAR-10, learns Fashion-MNIST from 1,000 images. Finished cells are
     skipped and a killed one goes on where it was, so the same command can be given again.
     """
-    return classify(plan)
+    return do(plan)
 
 
-def classify(plan: Sweep) -> int:
-    """Do a sweep with progress bars and print its table; returns 1 if cells failed."""
+def _segment(plan: ManyCells) -> int:
+    """Adapt a pre-trained model to give a class to every pixel by several methods, and compare them.
+
+    With no arguments: a small ViT, pre-trained on CIFAR-10, learns to tell textured shapes from textured ground.
+    Finished cells are skipped and a killed one goes on where it was, so the same command can be given again.
+    """
+    return do(plan)
+
+
+def do(plan: ManyCells) -> int:
+    """Do a sweep of any job with progress bars and print its table; returns 1 if cells failed."""
     require("accelerate", extra="train")
     from visionpeft.models.nano import ARCHITECTURES
-    from visionpeft.pipelines.classification import sweep
+    from visionpeft.pipelines.running import sweep
     from visionpeft.report.console import SweepDisplay
 
     if plan.jobs is None:
@@ -83,19 +95,24 @@ def _cores() -> int:
     return min(os.cpu_count() or 1, 8) if alone else 1
 
 
-def _predict(run: str, images: str, out: str = "predictions.csv", checkpoint: str | None = None) -> int:
-    """Classify images with a trained run; class names and preprocessing come from its adapter file.
+def _predict(run: str, images: str, out: str | None = None, checkpoint: str | None = None) -> int:
+    """Classify or segment images with a trained run; class names and preprocessing come from its adapter file.
 
     Args:
         run: Run folder or adapter file.
         images: Image, or folder of images.
-        out: CSV file to write.
+        out: CSV file to write, predictions.csv if none is named; for segmentation a folder, predictions if none is.
         checkpoint: Weights of the backbone, if they are no longer where they were.
     """
     from visionpeft.pipelines import deploy
     from visionpeft.report.console import show_predictions
 
     deployed = deploy.restore(run, checkpoint)
+    if deployed.task == "segmentation":
+        folder = Path(out or "predictions")
+        print(f"{deploy.write_masks(deployed, images, folder)} images; masks and overlays in {folder}")
+        return 0
+    out = out or "predictions.csv"
     predictions = list(deploy.predict(deployed, deploy.image_files(images)))
     deploy.write_predictions(Path(out), predictions)
     show_predictions(predictions)
