@@ -34,6 +34,7 @@ def _dispatch(arguments: list[str]) -> int:
     tyro = require("tyro", extra="train")
     # Evaluated here, since importing the pipelines takes a while and needs the train extra.
     from visionpeft.clip import commands as clip
+    from visionpeft.pipelines import point_commands
     from visionpeft.pipelines import segmentation_settings as segmentation
     from visionpeft.pipelines.settings import Sweep
 
@@ -47,10 +48,11 @@ def _dispatch(arguments: list[str]) -> int:
     app.command(_merge, name="merge")
     app.command(_inspect, name="inspect")
     clip.register(app)
+    point_commands.register(app)
     data.command(_check, name="check")
     app.command(data, name="data", help="Look after data sets.")
     return (
-        app.cli(prog="visionpeft", args=arguments, config=(tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes))
+        app.cli(prog="visionpeft", args=point_commands.with_default(arguments), config=(tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes))
         or 0
     )
 
