@@ -98,11 +98,27 @@ class SpectralAdapter(Adapter):
         """What is added for the stream x (B, T, D), whose last G tokens are patches."""
         dtype = x.dtype
         h = F.linear(x, self.down_weight.to(dtype), self.down_bias.to(dtype))
-        patches = h[:, -s.whole.shape[1] :]
-        both = self.filtered(patches, s.whole, "whole") + self._local(patches, s)
+        both = self.spectral(h[:, -s.whole.shape[1] :], s)
         a = F.silu(h)
         a = torch.cat([a[:, : -both.shape[1]], a[:, -both.shape[1] :] + both], 1)
         return F.linear(a, self.up_weight.to(a.dtype), self.up_bias.to(a.dtype))
+
+    def spectral(self, patches: Tensor, s: Spectrum) -> Tensor:
+        """g + l of the patches (B, G, r)."""
+        return self.filtered(patches, s.whole, "whole") + self._local(patches, s)
+
+    @torch.no_grad()
+    def watched(self, model: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Centres (B, G, 3) of clouds, and the norms (B, G) of what the spectral part adds to their tokens here."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        handle = self.register_forward_pre_hook(lambda own, args: seen.append((args[0], own.tap.rest[-1])))
+        try:
+            model(points)
+        finally:
+            handle.remove()
+        x, centres = seen[0]
+        h = F.linear(x[:, -centres.shape[1] :], self.down_weight, self.down_bias)
+        return centres, F.linear(self.spectral(h, self.spectra(centres)), self.up_weight).norm(dim=-1)
 
     def _local(self, patches: Tensor, s: Spectrum) -> Tensor:
         groups = take(patches, s.order).view(*s.parts.shape[:3], -1)
