@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from visionpeft.pipelines.few_shot import Config as FewShot
 from visionpeft.pipelines.zero_shot import Config as ZeroShot
 
-_ZERO_SHOT = ZeroShot()
+_ZERO_SHOT, _FEW_SHOT = ZeroShot(), FewShot()
 
 
 def register(app: Any) -> None:
     """Enter the commands into a tyro app."""
     app.command(_zero_shot, name="zero-shot")
+    app.command(_few_shot, name="few-shot")
 
 
 def _zero_shot(config: ZeroShot = _ZERO_SHOT) -> int:
@@ -19,7 +21,8 @@ def _zero_shot(config: ZeroShot = _ZERO_SHOT) -> int:
 
     With an adapter: scores before and after on every set, and accuracy over the adapter's scale from 0 to 1.
     """
-    from visionpeft.pipelines.zero_shot import run
+    from visionpeft.pipelines.few_shot import Config as FewShot
+from visionpeft.pipelines.zero_shot import run
     from visionpeft.report.console import _console, _table
     from visionpeft.report.zero_shot import curve_rows, rows
 
@@ -30,4 +33,29 @@ def _zero_shot(config: ZeroShot = _ZERO_SHOT) -> int:
     if result.curve:
         console.print(_table(*curve_rows(result), "over the adapter's scale"))
     console.print(f"report: {result.folder}/report.html", markup=False)
+    return 0
+
+
+def _few_shot(config: FewShot = _FEW_SHOT) -> int:
+    """Tune a CLIP model on a few images per class, by an adapter, learnt prompts or a head on its features."""
+    from visionpeft.pipelines.few_shot import run
+    from visionpeft.report.console import _console, _table
+    from visionpeft.report.zero_shot import NAMES
+
+    console = _console()
+    with console.status(config.method) as status:
+        result = run(config, lambda done, total, loss: status.update(f"{done} of {total} updates, loss {loss:.3f}"))
+    body = [
+        [name, NAMES[key], f"{100 * before:.2f}", f"{100 * after:.2f}", f"{100 * (after - before):+.2f}"]
+        for name, scores in result.before.items()
+        for key, before in scores.items()
+        if (after := result.after[name][key]) == after
+    ]
+    title = f"{result.data}, {config.shots} shots, {result.method}, {result.parameters:,} parameters"
+    console.print(_table(["set", "score", "before", "after", "difference"], body, title))
+    if result.harmonic is not None:
+        console.print(f"harmonic mean of base and new: {100 * result.harmonic:.2f} %")
+    if result.chosen:
+        console.print(f"chosen on validation images: {result.chosen}", markup=False)
+    console.print(f"all in {result.folder}", markup=False)
     return 0

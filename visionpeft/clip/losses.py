@@ -78,12 +78,10 @@ def in_pieces(encode: Callable[..., Sequence[Tensor]], pieces: Sequence[tuple[Te
         value.backward()
     grads = [t.grad.split([len(part) for part in parts])
              for t, parts in zip(whole, zip(*kept, strict=True), strict=True)]  # type: ignore[union-attr]  # fmt: skip
-    after = _random_state()
     for i, piece in enumerate(pieces):
         _set_random_state(states[i])
         learnt = [(f, g[i]) for f, g in zip(encode(*piece), grads, strict=True) if f.requires_grad]
         torch.autograd.backward([f for f, _ in learnt], [g for _, g in learnt])
-    _set_random_state(after)
     return value.detach()
 
 
