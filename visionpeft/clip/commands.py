@@ -21,8 +21,7 @@ def _zero_shot(config: ZeroShot = _ZERO_SHOT) -> int:
 
     With an adapter: scores before and after on every set, and accuracy over the adapter's scale from 0 to 1.
     """
-    from visionpeft.pipelines.few_shot import Config as FewShot
-from visionpeft.pipelines.zero_shot import run
+    from visionpeft.pipelines.zero_shot import run
     from visionpeft.report.console import _console, _table
     from visionpeft.report.zero_shot import curve_rows, rows
 
