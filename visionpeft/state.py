@@ -27,7 +27,7 @@ from torch import Tensor
 from visionpeft import attaching, backbones
 from visionpeft.adapter import Adapter
 from visionpeft.errors import AdapterFileError
-from visionpeft.methods import METHODS
+from visionpeft.methods import ALLOCATED, METHODS
 from visionpeft.sites import Backbone, Site
 from visionpeft.tuner import Tuner
 
@@ -215,7 +215,7 @@ def _interpret(
 
 
 def _method(header: dict[str, Any], path: str | Path) -> Any:
-    cls = METHODS.get(header["method"])
+    cls = {**METHODS, **ALLOCATED}.get(header["method"])
     if cls is None:
         raise AdapterFileError(f"{path}: method {header['method']!r} is not known here; known: {', '.join(METHODS)}")
     unknown = set(header["fields"]) - {f.name for f in fields(cls)}

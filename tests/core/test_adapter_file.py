@@ -52,7 +52,8 @@ def test_round_trip(method, tmp_path):
     x = image()
     assert torch.equal(other(x), model(x))
     assert all(p.requires_grad for p in loaded.parameters())
-    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in tuner.state_dict().items())
+    if not method.startswith("binary"):  # of those a file has the bits only
+        assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in tuner.state_dict().items())
     loaded.save(tmp_path / "again.safetensors", licence="MIT", classes=["a", "b"])
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "cat.safetensors").read_bytes()
     loaded.detach()

@@ -130,6 +130,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "mosa": ("vit", "swinv2"),
     "rein": ("vit", "dinov2"),
     "noah": ("vit",),
+    "linear_adapter": ("vit",),
     "binary_adaptformer": ("vit",),
     "binary_lora": ("vit", "encoder"),
     "difffit": ("vit", "swinv2", "resnet", "clip"),

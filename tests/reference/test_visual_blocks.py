@@ -197,7 +197,7 @@ def test_noah_is_the_three_methods_block_by_block():
     torch.manual_seed(0)
     model = vit()
     tuner = shake(vp.attach(model, M.NOAH(lora=(2, 0), adapter=(0, 3), prompts=4)))
-    assert [str(s) for s in tuner.adapters] == ["blocks.0", "blocks.1", "blocks.0.attn.qkv", "blocks.1:mlp"]
+    assert [str(s) for s in tuner.adapters] == ["blocks.0", "blocks.0.attn.qkv", "blocks.1:mlp", "blocks.1"]
     y = model(x)
     values = {str(site): dict(a.state_dict()) for site, a in tuner.adapters.items()}
     tuner.detach()

@@ -19,6 +19,8 @@ from visionpeft.methods.ppt import PPT
 from visionpeft.methods.repadapter import RepAdapter
 from visionpeft.methods.hydra import Hydra
 from visionpeft.methods.binary import BinaryAdaptFormer, BinaryLoRA
+from visionpeft.methods.linear_adapter import LinearAdapter
+from visionpeft.methods.spt import SPT
 from visionpeft.methods.vpt import VPT
 
 METHODS: dict[str, type[Method]] = {
@@ -40,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
         Hydra,
         BinaryAdaptFormer,
         BinaryLoRA,
+        LinearAdapter,
         LinearProbe,
         FullFineTuning,
         KronA,
@@ -50,5 +53,8 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
-__all__ = ["METHODS", *sorted(method.__name__ for method in METHODS.values())]
+# Made by a function for one model: not to be had by name, but to be loaded.
+ALLOCATED: dict[str, type[Method]] = {SPT.key: SPT}
+
+__all__ = ["ALLOCATED", "METHODS", "SPT", *sorted(method.__name__ for method in METHODS.values())]
         DiffFit,

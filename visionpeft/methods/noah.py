@@ -93,7 +93,7 @@ class NOAH(Method):
                 found[site] = Pfeiffer(hidden=width, dropout=self.dropout).build(site, module)
             else:
                 found[site] = self._prompts(width, site, module, backbone)
-        return dict(sorted(found.items(), key=lambda item: item[0].role != "block"))
+        return found
 
     def _prompts(self, width: int, site: Site, module: nn.Module, backbone: Backbone) -> Adapter:
         front = backbones.prefix_tokens(backbone.roots[backbone.split(site.path)[0]])

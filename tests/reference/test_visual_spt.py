@@ -1,0 +1,219 @@
+"""SPT: sensitivities, what a budget buys against a naive search, and allocations of several methods in a model."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from test_formulas import D, assert_equal, image, shake, vit
+from torch import Tensor, nn
+
+import visionpeft as vp
+from visionpeft.methods import spt
+
+M = vp.methods
+TAUS = range(50, 2001, 50)
+
+
+def batches(n: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    draw = [torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(n)]
+    return [(x, torch.tensor([i % 5, (i + 1) % 5])) for i, x in enumerate(draw)]
+
+
+def scored() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = vit()
+    return model, spt.sensitivity(model, batches())
+
+
+# ---- sensitivity ----------------------------------------------------------------------------------------------------
+
+
+def test_sensitivity_is_the_sum_of_squared_gradients_of_the_first_batches():
+    torch.manual_seed(0)
+    model = vit()
+    found = spt.sensitivity(model, iter(batches(5)), limit=3)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for x, target in batches(3):
+        grads = torch.autograd.grad(nn.functional.cross_entropy(model(x), target), list(model.parameters()))
+        for name, grad in zip(expected, grads, strict=True):
+            expected[name] += grad**2
+    assert set(found) == set(expected)
+    assert all(torch.allclose(found[n], expected[n], rtol=1e-10, atol=0) for n in expected)
+
+
+def test_sensitivity_leaves_no_trace():
+    model = timm.create_model("test_resnet", num_classes=5).double().eval()
+    frozen = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    frozen.weight.requires_grad_(False)
+    model.fc.weight.grad = torch.ones_like(model.fc.weight)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    scores = spt.sensitivity(model, batches(1))
+    name = next(n for n, p in model.named_parameters() if p is frozen.weight)
+    assert scores[name].any() and not frozen.weight.requires_grad and frozen.weight.grad is None
+    assert bool((model.fc.weight.grad == 1).all()) and not any(m.training for m in model.modules())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+# ---- allocation -----------------------------------------------------------------------------------------------------
+
+PARTS = {"query": (0, D), "key": (D, 2 * D), "value": (2 * D, 3 * D)}
+
+
+def matrices(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for i in (0, 1):
+        for part, rows in PARTS.items():
+            found[f"blocks.{i}.attn.qkv:{part}"] = scores[f"blocks.{i}.attn.qkv.weight"][slice(*rows)]
+        for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
+            found[f"blocks.{i}.{name}"] = scores[f"blocks.{i}.{name}.weight"]
+    return found
+
+
+def naive(scores: dict[str, Tensor], tau: int, size) -> tuple[int, set[str], dict[str, list[int]], set[str]]:
+    """Total, structured sites, sparse entries and vectors for one tau; `size(shape)` of a matrix's adapter."""
+    flat = matrices(scores)
+    vectors = {n: s for n, s in scores.items() if s.dim() == 1 and not n.startswith(("head", "patch_embed"))}
+    every = [(-float(v), name, i) for name, s in {**flat, **vectors}.items() for i, v in enumerate(s.flatten())]
+    chosen: dict[str, list[int]] = {}
+    for _, name, i in sorted(every, key=lambda e: e[0])[:tau]:
+        chosen.setdefault(name, []).append(i)
+    structured = {n for n in flat if size and len(chosen.get(n, ())) >= size(flat[n].shape) / 10}
+    sparse = {n: sorted(c) for n, c in chosen.items() if n in flat and n not in structured}
+    whole = {n for n, c in chosen.items() if n in vectors and len(c) >= 0.2 * vectors[n].numel()}
+    total = sum(size(flat[n].shape) for n in structured) + sum(map(len, sparse.values()))
+    return total + sum(vectors[n].numel() for n in whole) + D, structured, sparse, whole
+
+
+CASES = {
+    "lora": (vp.LoRA(rank=2), lambda shape: 2 * sum(shape)),
+    "adapter": (M.LinearAdapter(hidden=2), lambda shape: 4 * shape[0] + 2 + shape[0]),
+    "unstructured": (None, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("budget", [600, 2000, 4000])
+def test_allocation_is_that_of_a_naive_search(case, budget):
+    model, scores = scored()
+    method, size = CASES[case]
+    plan = spt.allocate(model, scores, method, budget=budget, taus=TAUS)
+    tried = [naive(scores, tau, size) for tau in TAUS]
+    total, structured, sparse, whole = min(tried, key=lambda found: abs(found[0] - budget))
+    assert set(plan.structured) == structured and set(plan.vectors) == whole
+    assert {name: index.tolist() for name, index in plan.sparse.items()} == sparse
+    tuner = vp.attach(model, plan, train="head")
+    assert tuner.num_parameters == total  # structured + unstructured + vectors + class token
+    assert structured or size is None or budget == 600
+
+
+def test_a_larger_budget_buys_more():
+    model, scores = scored()
+    sizes = []
+    for budget in (300, 1000, 3000, 6000):
+        tuner = vp.attach(model, spt.allocate(model, scores, vp.LoRA(rank=2), budget=budget, taus=TAUS), probe=False)
+        sizes.append(tuner.num_parameters)
+        tuner.detach()
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+
+
+@pytest.mark.parametrize("method", [M.AdaptFormer(hidden=4), M.Houlsby(hidden=4), M.FacTTT(rank=2), M.Hydra(),
+                                    M.RepAdapter(hidden=4), M.VPT(tokens=2)], ids=lambda m: m.key)  # fmt: skip
+def test_any_method_can_be_allocated(method, tmp_path):
+    """Its sites are those of its kind; where it acts no entry of the same matrices learns; it goes through a file."""
+    model, scores = scored()
+    plan = spt.allocate(model, scores, method, budget=3000, alpha=2, taus=TAUS)
+    assert plan.structured and (plan.sparse or method.key == "vpt")
+    for name in plan.structured:
+        path, _, part = name.partition(":")
+        below = {"mlp": f"{path}.mlp", "attention": f"{path}.attn"}.get(part, path)
+        taken = [s for s in plan.sparse if s.partition(":")[0] == below or s.startswith(below + ".")]
+        assert part in PARTS or not taken, (name, taken)
+    x, tuner = image(), shake(vp.attach(model, plan, train="head"))
+    y = model(x)
+    tuner.save(tmp_path / "spt.safetensors")
+    count = tuner.num_parameters
+    tuner.detach()
+    loaded = vp.load(model, tmp_path / "spt.safetensors")
+    assert_equal(model(x).detach(), y.detach())
+    assert loaded.num_parameters == count
+    loaded.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "spt.safetensors").read_bytes()
+
+
+def test_spt_lora_is_w_plus_ba_plus_s_and_merges():
+    model, scores = scored()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = spt.allocate(model, scores, vp.LoRA(rank=2), budget=2000, taus=TAUS)
+    x, tuner = image(), shake(vp.attach(model, plan))
+    y = model(x).detach()
+    expected = {k: v.clone() for k, v in before.items()}
+    for site, adapter in tuner.adapters.items():
+        t = {**dict(adapter.named_parameters()), **dict(adapter.named_buffers())}
+        rows = expected[f"{site.path}.weight"][slice(*(site.rows or (None, None)))]
+        if "index" in t:
+            for i, value in zip(t["index"].tolist(), t["values"], strict=True):
+                rows[i // rows.shape[1], i % rows.shape[1]] += value.detach()
+        else:
+            rows += (t["b"] @ t["a"]).detach()
+    for path, name in tuner.in_place:
+        expected[f"{path}.{name}".lstrip(".")] = tuner.learnt(path, name).detach()
+    fresh = vit()
+    fresh.load_state_dict(expected)
+    assert_equal(fresh(x).detach(), y)
+    tuner.merge()
+    assert_equal(model(x).detach(), y)
+    assert all(torch.allclose(v, expected[k], rtol=1e-12, atol=1e-14) for k, v in model.state_dict().items()
+               if "peft" not in k)  # fmt: skip
+    tuner.unmerge()
+    tuner.detach()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_spt_on_convs_and_on_torchs_attention(tmp_path):
+    """Sparse entries of a conv act in its weight, those of nn.MultiheadAttention in its rows."""
+    small = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True).double()
+    net = nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.Flatten(2)).double()
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.layer, self.head = net, small, nn.Linear(8, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(self.net(x).transpose(1, 2)).mean(1))
+
+    model, x = Both(), torch.randn(4, 3, 6, dtype=torch.float64)
+    scores = spt.sensitivity(model, [(x, torch.tensor([0, 1, 2, 0]))])
+    plan = spt.allocate(model, scores, budget=300, taus=range(10, 600, 10))
+    assert {"net.0", "layer.self_attn:value", "layer.self_attn.out_proj"} <= set(plan.sparse)
+    tuner = shake(vp.attach(model, plan, train="head", probe=False))
+    y = model.train()(x).detach()
+    assert_equal(model.eval()(x).detach(), y)
+    tuner.merge()
+    assert_equal(model(x).detach(), y)
+
+
+def test_what_cannot_be_allocated_says_so():
+    model, scores = scored()
+    with pytest.raises(vp.errors.MethodError, match="allocate"):
+        M.SPT()
+    with pytest.raises(vp.errors.MethodError, match=r"no scores of blocks\.0\.attn\.qkv\.weight"):
+        spt.allocate(model, {}, budget=100)
+    plan = spt.allocate(model, scores, vp.LoRA(rank=2), budget=2000, taus=TAUS)
+    with pytest.raises(vp.errors.SiteError, match="another model"):
+        vp.attach(timm.create_model("test_resnet"), plan)
+    with pytest.raises(vp.errors.MethodError, match="LoRA can act nowhere"):
+        spt.allocate(model, scores, vp.LoRA(rank=99), budget=2000)
+
+
+def test_linear_adapter():
+    """y + Up gelu(Down y) behind a Linear."""
+    model = vit()
+    tuner = shake(vp.attach(model, M.LinearAdapter(hidden=4)))
+    linear, u = model.blocks[0].mlp.fc2, torch.randn(2, 4 * D, dtype=torch.float64)
+    t = dict(tuner.adapters[next(s for s in tuner.sites if s.path == "blocks.0.mlp.fc2")].named_parameters())
+    y = u @ linear.weight.T + linear.bias
+    h = nn.functional.gelu(y @ t["down_weight"].T + t["down_bias"])
+    assert_equal(linear(u).detach(), (y + h @ t["up_weight"].T + t["up_bias"]).detach())

@@ -1,0 +1,312 @@
+r"""SPT, sensitivity-aware tuning (He et al. 2023, arXiv 2303.08566; official code ziplab/SPT): where a budget goes.
+
+    scores = spt.sensitivity(model, batches)                                     s = sum of squared gradients
+    tuner = vp.attach(model, spt.allocate(model, scores, vp.LoRA(rank=8), budget=400_000), train="head")
+
+The tau most sensitive scalars of the network are selected, head, class token, patch and position embeddings apart. A
+matrix of which enough are selected, size / alpha, gets the adapter of that size that `method` builds for it; of the
+others the selected entries themselves learn, as a sparse delta. A vector (norm weight, any bias) of which 1 / beta are
+selected learns whole, in place. The class token always learns. tau is the one whose total is nearest to the budget.
+
+`method` is any of the library. One that adapts Linears may have every matrix (query, key and value apart); one of
+branches or blocks is given those whose matrices together have enough selected. SPT-LoRA is LoRA(rank=8), SPT-Adapter
+is LinearAdapter(hidden=8), unstructured SPT is method=None. The positions of the sparse entries are in the adapter
+file. Merges if all that it consists of does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionpeft import attention
+from visionpeft.adapter import Adapter, Method, factory
+from visionpeft.errors import MethodError, SiteError
+from visionpeft.sites import Backbone, Site, inside
+
+ALWAYS = ("cls_token", "class_token", "class_embedding")
+UNRANKED = (*ALWAYS, "pos_embed", "position_embedding", "positional_embedding", "position_embeddings")
+
+
+@dataclass(frozen=True)
+class SPT(Method):
+    """An allocation; `allocate` makes it.
+
+    Attributes:
+        method: what builds the adapters, or its key and fields as a dict; None for sparse entries only.
+        structured: sites of its adapters, as str(site).
+        sparse: site -> positions of the entries that learn in its flattened matrix, or how many, before a file is read.
+        vectors: names of the tensors that learn whole.
+    """
+
+    key: ClassVar[str] = "spt"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "branch", "block"})
+
+    method: Any = None
+    structured: Sequence[str] = ()
+    sparse: Mapping[str, Any] = field(default_factory=dict)
+    vectors: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.structured or self.sparse or self.vectors):
+            raise MethodError("SPT is an allocation: have visionpeft.methods.spt.allocate(model, scores, ...) make it")
+        if isinstance(self.method, Mapping):
+            from visionpeft.methods import METHODS
+
+            given = dict(self.method)
+            object.__setattr__(self, "method", METHODS[given.pop("key")](**given))
+
+    def choose(self, backbone: Backbone) -> list[Site]:
+        known = {str(site): site for site in backbone.sites()}
+        if gone := [name for name in (*self.structured, *self.sparse) if name not in known]:
+            raise SiteError(f"SPT was allocated for another model: there is no {gone[0]} here")
+        return [known[name] for name in (*self.structured, *self.sparse)]
+
+    def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
+        chosen = [site for site in sites if str(site) in set(self.structured)]
+        found = self.method.adapters(chosen, backbone) if chosen else {}
+        for site in sites:
+            if str(site) in self.sparse:
+                found[site] = SparseDelta(self.sparse[str(site)], site.shape, **factory(backbone.module(site.path)))
+        return found
+
+    def learns(self, sites: Sequence[Site], backbone: Backbone) -> list[tuple[str, str]]:
+        wanted = set(self.vectors)
+        return [(p, n) for p, _, n in backbone.named_tensors() if n in ALWAYS or _join(p, n) in wanted]
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        inner = None if self.method is None else {"key": self.method.key, **self.method.hyper_parameters()}
+        counts = {name: SparseDelta.count(value) for name, value in self.sparse.items()}
+        return {"method": inner, "structured": list(self.structured), "sparse": counts, "vectors": list(self.vectors)}
+
+    def summary(self) -> str:
+        inner = "no adapters" if self.method is None else self.method.summary()
+        entries = sum(SparseDelta.count(value) for value in self.sparse.values())
+        return f"SPT({inner} at {len(self.structured)} sites, {entries} entries, {len(self.vectors)} vectors)"
+
+
+class SparseDelta(Adapter):
+    """values (k), what is added to the k entries at index (k), int32, of the flattened matrix."""
+
+    index: Tensor
+
+    def __init__(self, index: Any, shape: tuple[int, ...], **kw: Any) -> None:
+        super().__init__()
+        self.shape = shape
+        self.values = nn.Parameter(torch.zeros(self.count(index), **kw))
+        known = torch.zeros(index) if isinstance(index, int) else torch.as_tensor(index)
+        self.register_buffer("index", known.to(kw["device"], torch.int32))
+
+    @staticmethod
+    def count(index: Any) -> int:
+        return index if isinstance(index, int) else len(index)
+
+    @property
+    def on_weight(self) -> bool:
+        return True
+
+    def delta(self) -> Tensor:
+        flat = self.values.new_zeros(math.prod(self.shape))
+        return flat.index_put((self.index.long(),), self.values).view(self.shape)
+
+    def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return w + self.delta().view_as(w), b
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + F.linear(x, self.delta().to(x.dtype)).to(y.dtype)
+
+
+# ---- sensitivity ----------------------------------------------------------------------------------------------------
+
+
+def sensitivity(model: nn.Module, batches: Iterable[tuple[Any, Any]], loss: Callable[..., Tensor] = F.cross_entropy,
+                limit: int = 16) -> dict[str, Tensor]:  # fmt: skip
+    """Squared gradient of every parameter by its name, summed over at most `limit` batches, in training mode.
+
+    Args:
+        batches: (input, target), on the model's device, in the order in which they are to be used.
+        loss: of the model's output and a target.
+
+    Gradients of the whole model are alive meanwhile. Modes, flags, gradients and buffers are afterwards as before.
+    """
+    named = dict(model.named_parameters())
+    before = {name: (p.requires_grad, p.grad) for name, p in named.items()}
+    modes, buffers = {m: m.training for m in model.modules()}, [(b, b.clone()) for b in model.buffers()]
+    scores = {name: torch.zeros_like(p) for name, p in named.items() if p.is_floating_point()}
+    try:
+        model.train()
+        for name in scores:
+            named[name].requires_grad_(True)
+        for x, target in islice(batches, limit):
+            model.zero_grad(set_to_none=True)
+            loss(model(x), target).backward()
+            for name, score in scores.items():
+                if (grad := named[name].grad) is not None:
+                    score.add_(grad.detach().square())
+    finally:
+        for name, p in named.items():
+            p.requires_grad_(before[name][0])
+            p.grad = before[name][1]
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return scores
+
+
+# ---- allocation -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight, or the rows of one, with its scores and the place of its first entry among all that are ranked."""
+
+    site: Site
+    scores: Tensor
+    start: int = 0
+
+
+def allocate(model: Any, scores: Mapping[str, Tensor], method: Method | None = None, *, budget: int, alpha: float = 10,
+             beta: float = 5, taus: Iterable[int] = range(20_000, 1_580_001, 20_000)) -> SPT:  # fmt: skip
+    """The allocation whose number of learnt scalars, without head, is nearest to the budget.
+
+    Args:
+        scores: what `sensitivity` gave for this model.
+        alpha, beta: a matrix gets its adapter from 1 / alpha of the adapter's size on, a vector learns from 1 / beta
+            of its own on.
+        taus: numbers of selected scalars to try; the paper's by default.
+
+    Raises:
+        MethodError: scores of another model, or `method` acts nowhere.
+    """
+    ranking = Ranking(Backbone(model), scores, method)
+    taus = sorted({min(tau, ranking.total) for tau in taus})
+    plans = [ranking.plan(tau, alpha, beta) for tau in taus]
+    best = min(plans, key=lambda plan: abs(plan[0] - budget))
+    return best[1]
+
+
+class Ranking:
+    """The ranked scalars of a model, in one row: matrices first, vectors after them."""
+
+    def __init__(self, backbone: Backbone, scores: Mapping[str, Tensor], method: Method | None) -> None:
+        self.method = method
+        self.matrices = [Matrix(site, _scores_of(site, backbone, scores)) for site in _matrices(backbone)]
+        self.vectors = {n: _scored(n, scores) for n in _vectors(backbone)}
+        rows = [m.scores.flatten() for m in self.matrices] + list(self.vectors.values())
+        sizes = [row.numel() for row in rows]
+        self.total = sum(sizes)
+        self.starts = torch.tensor([0, *sizes]).cumsum(0)
+        self.order = torch.cat(rows).float().cpu().argsort(descending=True, stable=True)[:_MOST]
+        self.cover: Cover = {}
+        self.common = 0
+        if method is not None:
+            self.cover, self.common = _cover(method, backbone, [m.site for m in self.matrices])
+        named = backbone.named_tensors()
+        self.always = sum(m._parameters[n].numel() for _, m, n in named if n in ALWAYS)  # type: ignore[union-attr]
+
+    def plan(self, tau: int, alpha: float, beta: float) -> tuple[int, SPT]:
+        """Number of learnt scalars and allocation for the tau most sensitive ones."""
+        chosen = self.order[:tau]
+        place = torch.bucketize(chosen, self.starts, right=True) - 1
+        count = torch.bincount(place, minlength=len(self.starts) - 1).tolist()
+        selected = {m.site: n for m, n in zip(self.matrices, count, strict=False)}
+        structured = [s for s, (size, of) in self.cover.items() if sum(selected[m] for m in of) * alpha >= size]
+        taken = {m for s in structured for m in self.cover[s][1]}
+        sparse = {}
+        for i, matrix in enumerate(self.matrices):
+            if count[i] and matrix.site not in taken:
+                sparse[str(matrix.site)] = (chosen[place == i] - self.starts[i]).sort().values
+        vectors = [
+            name
+            for (name, score), n in zip(self.vectors.items(), count[len(self.matrices) :], strict=True)
+            if n and n * beta >= score.numel()
+        ]
+        learnt = sum(self.cover[s][0] for s in structured) + sum(map(len, sparse.values())) + self.always
+        learnt += sum(self.vectors[name].numel() for name in vectors) + (self.common if structured else 0)
+        if not (structured or sparse or vectors):
+            raise MethodError(f"nothing is selected with tau={tau}")
+        return learnt, SPT(method=self.method, structured=[str(s) for s in structured], sparse=sparse, vectors=vectors)
+
+
+_MOST = 4_000_000  # scalars that are kept in order, more than any tau
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _matrices(backbone: Backbone) -> list[Site]:
+    """Every weight of a Linear or conv, by its parts where it has parts; not head nor patch embedding."""
+    sites = [s for s in backbone.sites() if s.kind in ("linear", "conv") and s.role not in ("head", "patch_embed")]
+    split = {s.path for s in sites if s.part and not s.host}
+    return [s for s in sites if s.part or s.path not in split]
+
+
+def _vectors(backbone: Backbone) -> list[str]:
+    heads = backbone.heads()
+    embeddings = [s.path for s in backbone.sites() if s.role == "patch_embed"]
+    return [
+        _join(path, name)
+        for path, module, name in backbone.named_tensors()
+        if module._parameters[name].dim() == 1  # type: ignore[union-attr]
+        and not inside(path, heads)
+        and not inside(path, embeddings)
+        and name not in UNRANKED
+    ]
+
+
+def _scored(name: str, scores: Mapping[str, Tensor]) -> Tensor:
+    if name not in scores:
+        raise MethodError(f"there are no scores of {name}: they are of another model, or adapters were attached since")
+    return scores[name]
+
+
+def _scores_of(site: Site, backbone: Backbone, scores: Mapping[str, Tensor]) -> Tensor:
+    if site.host:
+        place = attention.places(backbone.module(site.host_path))[site.place]
+        return _scored(f"{site.path}.{place[1]}", scores)[place[3]]
+    whole = _scored(_join(site.path, "weight"), scores)
+    return whole[slice(*site.rows)] if site.rows else whole
+
+
+Cover = dict[Site, tuple[int, list[Site]]]
+
+
+def _cover(method: Method, backbone: Backbone, matrices: list[Site]) -> tuple[Cover, int]:
+    """Every site where the method may act: the size of its adapter there, and the matrices that speak for it; and the
+    size of what all of them share."""
+    anywhere = method.targets is None and "linear" in method.kinds
+    sites = [m for m in matrices if m.kind in method.kinds] if anywhere else method.choose(backbone)
+    sites = [s for s in sites if method.refuses(s, backbone.module(s.path)) is None]
+    if not sites:
+        raise MethodError(f"{type(method).__name__} can act nowhere in this model")
+    found: Cover = {}
+    common = 0
+    for site, adapter in method.adapters(sites, backbone).items():
+        size = sum(p.numel() for p in adapter.parameters())
+        if site.kind == "shared":
+            common += size
+        elif of := [m for m in matrices if _speaks(m, site, backbone)]:
+            found[site] = (size, of)
+    return found, common
+
+
+def _speaks(matrix: Site, site: Site, backbone: Backbone) -> bool:
+    """Whether a matrix is the site's own, or lies in its branch or block."""
+    if site.kind in ("linear", "conv"):
+        return matrix.path == site.path and site.part in ("", matrix.part)
+    if site.kind == "branch":
+        children = [f"{site.path}.{name}" for name in backbone.module(site.path)._modules]
+        first, last = (children.index(end) for end in site.ends)
+        return inside(matrix.path, children[first : last + 1])
+    return inside(matrix.path, [site.path])
