@@ -47,6 +47,7 @@ def _dispatch(arguments: list[str]) -> int:
     app.command(_predict, name="predict")
     app.command(_merge, name="merge")
     app.command(_inspect, name="inspect")
+    app.command(_convert, name="convert")
     clip.register(app)
     point_commands.register(app)
     data.command(_check, name="check")
@@ -157,6 +158,21 @@ def _inspect(model: str) -> int:
     with torch.device("meta"):
         backbone = build(Backbone(model), 10, pretrained=False)
     print(vp.inspect(backbone))
+    return 0
+
+
+def _convert(source: str, out: str, base: str = "", to: str = "diffusers") -> int:
+    """Rewrite an adapter file for another tool; what the other format cannot say is refused with the reason.
+
+    Args:
+        source: Adapter file or PEFT folder; its format is found out.
+        out: File to write, for peft a folder.
+        base: Folder of the diffusers pipeline or model that it is for (only configs are read), or a timm name.
+        to: visionpeft, diffusers, kohya, peft, lycoris or cloneofsimo.
+    """
+    from visionpeft.formats.structure import convert
+
+    print(convert(source, out, base, to))
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,23 +15,27 @@ from visionpeft.errors import DeadAdapterError, SiteError, VisionPEFTError
 from visionpeft.sites import Site
 from visionpeft.tuner import Tuner
 
+Example = Sequence[Any] | Mapping[str, tuple[Any, ...]]
 
-def probe(tuner: Tuner, example: Sequence[Any]) -> None:
+
+def probe(tuner: Tuner, example: Example) -> None:
     """Run the example in train with gradients and in eval without, and name every adapter that does not act in both.
 
     In train an adapter acts if the output depends on its tensors (the autograd graph says so, whatever their values);
-    in eval if its module consulted it. Modes, buffers and random state are as before; no gradient is left.
+    in eval if its module consulted it. With {component: example} these components run, one by one. Modes, buffers and random state are as before; no gradient is left.
     """
     if not tuner.adapters:
         return
     if not tuner.active or tuner.merged is not None:
         raise VisionPEFTError(f"{tuner.name!r} is merged or rests: only an adapter that acts can be probed")
     dead: dict[Site, list[str]] = {}
+    here = [s for s in tuner.adapters if not isinstance(example, Mapping) or tuner.backbone.split(s.path)[0] in example]
     with _untouched(tuner):
         for site in _cut_off(tuner, example):
             dead.setdefault(site, []).append("train")
         for site in _unasked(tuner, example):
             dead.setdefault(site, []).append("eval")
+    dead = {site: modes for site, modes in dead.items() if site in here}
     if dead:
         listed = ", ".join(f"{site} (in {' and '.join(modes)})" for site, modes in list(dead.items())[:6])
         more = f" and {len(dead) - 6} more" if len(dead) > 6 else ""
@@ -43,9 +47,16 @@ def probe(tuner: Tuner, example: Sequence[Any]) -> None:
 
 def probe_attached(tuner: Tuner) -> None:
     """Probe with an input built for the library; a model that itself cannot run on that input is left alone."""
-    example = tuner.backbone.example()
     if not tuner.adapters:
         return
+    example: Example | None = tuner.backbone.example()
+    if set(tuner.backbone.roots) != {""}:
+        names = {tuner.backbone.split(site.path)[0] for site in tuner.adapters}
+        example = tuner.backbone.examples(names)
+        if lost := ", ".join(sorted(names - set(example))):
+            _unchecked(f"no input is known for {lost}")
+            if not example:
+                return
     if example is None:
         _unchecked("no input is known for this kind of model")
         return
@@ -55,11 +66,14 @@ def probe_attached(tuner: Tuner) -> None:
         raise
     except Exception as error:
         if (cause := _fails_alone(tuner, example)) is not None:
-            _unchecked(
-                f"the model does not run on an input of shape {tuple(example[0].shape)} ({type(cause).__name__})"
-            )
+            _unchecked(f"the model does not run on an input of shape {_shapes(example)} ({type(cause).__name__})")
             return
         raise SiteError(f"the model runs alone but not with {tuner.method.summary()}: {error}") from error
+
+
+def _shapes(example: Example) -> str:
+    first = [e[0] for e in example.values()] if isinstance(example, Mapping) else [example[0]]
+    return " and ".join(str(tuple(t.shape)) for t in first)
 
 
 def _unchecked(why: str) -> None:
@@ -69,7 +83,7 @@ def _unchecked(why: str) -> None:
     )
 
 
-def _fails_alone(tuner: Tuner, example: Sequence[Any]) -> Exception | None:
+def _fails_alone(tuner: Tuner, example: Example) -> Exception | None:
     with _untouched(tuner), tuner.disabled():
         try:
             _run(tuner, example)
@@ -78,14 +92,16 @@ def _fails_alone(tuner: Tuner, example: Sequence[Any]) -> Exception | None:
     return None
 
 
-def _run(tuner: Tuner, example: Sequence[Any]) -> Any:
+def _run(tuner: Tuner, example: Example) -> Any:
+    if isinstance(example, Mapping):
+        return [tuner.backbone.roots[name](*args) for name, args in example.items()]
     if not callable(tuner.model):
         raise VisionPEFTError("this model cannot be called as a whole: probe its components one by one")
     return tuner.model(*example)
 
 
 @torch.enable_grad()
-def _cut_off(tuner: Tuner, example: Sequence[Any]) -> list[Site]:
+def _cut_off(tuner: Tuner, example: Example) -> list[Site]:
     """Sites whose adapter has tensors that the output, in train, does not depend on at all."""
     _train(tuner, True)
     owned = {site: list(adapter.parameters()) for site, adapter in tuner.adapters.items()}
@@ -104,7 +120,7 @@ def _cut_off(tuner: Tuner, example: Sequence[Any]) -> list[Site]:
     ]
 
 
-def _unasked(tuner: Tuner, example: Sequence[Any]) -> list[Site]:
+def _unasked(tuner: Tuner, example: Example) -> list[Site]:
     """Sites whose adapter is not consulted in eval without gradients, where fast paths may skip it."""
     _train(tuner, False)
     fired, _ = _watch(tuner, example, grad=False)

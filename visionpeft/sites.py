@@ -8,7 +8,7 @@ mixture of these separated by spaces, or a predicate `(Site) -> bool`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -208,6 +208,11 @@ class Backbone:
         if set(self.roots) != {""}:
             return None
         return backbones.example(self.roots[""])
+
+    def examples(self, names: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+        """An input for each of these components for which one can be built."""
+        found = {name: backbones.example(self.roots[name]) for name in names}
+        return {name: example for name, example in found.items() if example is not None}
 
 
 def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

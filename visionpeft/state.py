@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def save(tuner: Tuner, path: str | Path, metadata: dict[str, Any]) -> None:
     if any(value.is_meta for value in tuner.state_dict().values()):
         raise AdapterFileError(f"{path}: nothing to save: the tensors of {tuner.name!r} are on the meta device")
     own = {(site.path, site.part) for site in tuner.sites if site.kind == "tensor"}
+    components = _components(tuner)
     header = {
         "format": FORMAT,
         "method": tuner.method.key,
@@ -71,7 +73,8 @@ def save(tuner: Tuner, path: str | Path, metadata: dict[str, Any]) -> None:
             }
             for (p, n), value in ((key, tuner.learnt(*key)) for key in tuner.in_place)
         ],
-        "backbone": describe(tuner.backbone),
+        "backbone": describe(tuner.backbone, components),
+        "components": components,
         "versions": _versions(tuner.backbone),
         "metadata": metadata,
     }
@@ -108,15 +111,28 @@ def _write(path: Path, data: bytes) -> None:
             os.unlink(temporary)
 
 
-def describe(backbone: Backbone) -> dict[str, Any]:
-    """Library, class and the shapes of all sites outside the classifier, which may differ in size."""
-    sites = [s for s in backbone.sites() if s.role != "head"]
-    text = "\n".join(f"{s} {s.kind} {s.shape}" for s in sites)
-    root = next(iter(backbone.roots.values()))
-    lib = backbones.library(root)
+def _components(tuner: Tuner) -> list[str]:
+    """Components of the model that the adapter touches; [""] if there is but one module."""
+    paths = [site.path for site in tuner.sites] + [path for path, _ in tuner.in_place]
+    found = {tuner.backbone.split(path)[0] for path in paths}
+    return [name for name in tuner.backbone.roots if name in found] or list(tuner.backbone.roots)
+
+
+def describe(backbone: Backbone, components: Sequence[str] | None = None) -> dict[str, Any]:
+    """Library, class and the shapes of all sites outside the classifier, which may differ in size.
+
+    Of some components only if they are named; one component is described as if it were the whole.
+    """
+    chosen = {name: root for name, root in backbone.roots.items() if components is None or name in components}
+    roots = dict(sorted((chosen or backbone.roots).items()))  # in whatever order the model has them
+    sites = [s for s in backbone.sites() if s.role != "head" and backbone.split(s.path)[0] in roots]
+    sites.sort(key=lambda s: backbone.split(s.path)[0])
+    skipped = len(next(iter(roots))) + 1 if set(roots) != {""} and len(roots) == 1 else 0
+    text = "\n".join(f"{str(s)[skipped:]} {s.kind} {s.shape}" for s in sites)
+    lib = backbones.library(next(iter(roots.values())))
     return {
         "library": lib.name if lib else "",
-        "class": ", ".join(type(r).__name__ for r in backbone.roots.values()),
+        "class": ", ".join(type(r).__name__ for r in roots.values()),
         "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
         "shapes": dict(Counter(f"{s.kind} {'x'.join(map(str, s.shape))}" for s in sites)),
     }
@@ -163,7 +179,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 @torch.inference_mode(False)
-def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
+def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool = True) -> Tuner:
     """Attach the adapter in a file and fill it; it acts at once, and brings its own classifier if it has one.
 
     Args:
@@ -181,7 +197,8 @@ def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
         tuner, built, values, trained, scale = _interpret(header, tensors, backbone, name, path)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise AdapterFileError(f"{path}: the header is damaged: {type(error).__name__}: {error}") from error
-    attaching.bind(tuner, built, values, trained, probe=True, values=values)
+        header = _placed(header, backbone)
+    attaching.bind(tuner, built, values, trained, probe=probe, values=values)
     if scale != 1:
         tuner.scale = scale
     return tuner
@@ -190,6 +207,26 @@ def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
 def _tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(str(path))
+def _placed(header: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
+    """The header with its paths below the component here that has the fingerprint of the one it was made for."""
+    (old, *more) = header.get("components", [""])
+    if more or old in backbone.roots:
+        return header
+    wanted = header["backbone"].get("fingerprint")
+    found = [name for name in backbone.roots if describe(backbone, [name])["fingerprint"] == wanted]
+    if len(found) != 1:
+        return header
+
+    def moved(path: str) -> str:
+        return ".".join(p for p in (found[0], path[len(old) :].lstrip(".") if old else path) if p)
+
+    entries = {key: [e | {"path": moved(e["path"])} for e in header[key]] for key in ("sites", "tensors")}
+    fields_ = dict(header["fields"])
+    if fields_.get("ranks"):
+        fields_["ranks"] = {moved(p): r for p, r in fields_["ranks"].items()}
+    return header | entries | {"fields": fields_, "components": found}
+
+
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterFileError(f"{path}: no readable safetensors file ({error})") from error
 
@@ -240,7 +277,7 @@ def _sites(header: dict[str, Any], backbone: Backbone, path: str | Path) -> list
             wrong.append(f"{label} is {shape} in the file and {'x'.join(map(str, site.shape))} here")
         else:
             found.append(site)
-    there, now = header["backbone"], describe(backbone)
+    there, now = header["backbone"], describe(backbone, header.get("components"))
     if not wrong and there.get("fingerprint") != now["fingerprint"]:
         a, b = Counter(there.get("shapes", {})), Counter(now["shapes"])
         wrong = [f"{a[k]} sites of {k} in the file's model and {b[k]} here" for k in {**a, **b} if a[k] != b[k]]

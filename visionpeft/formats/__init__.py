@@ -68,14 +68,14 @@ def __getattr__(name: str) -> ModuleType:
     raise AttributeError(f"visionpeft.formats has no {name!r}; there are: {', '.join(FORMATS)}")
 
 
-def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
+def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool = True) -> Tuner:
     """Attach an adapter file, whichever tool wrote it."""
     kind = format_of(path)
     if kind == "visionpeft":
         from visionpeft.state import load as load_native
 
-        return load_native(model, path, name)
-    tuner: Tuner = module(kind).load(model, path, name)
+        return load_native(model, path, name, probe=probe)
+    tuner: Tuner = module(kind).load(model, path, name, probe=probe)
     return tuner
 
 

@@ -74,7 +74,7 @@ def _padded(change: LowRank | None, module: nn.Module, rank: int) -> tuple[Tenso
     return up, down
 
 
-def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
+def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool = True) -> Tuner:
     """Attach the list in `path`, and the text encoder's if it lies beside it and the model has one.
 
     Raises:
@@ -86,7 +86,7 @@ def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
         file = _file(path, part)
         if part == "unet" or file.exists():
             changes += _changes(_read(file), paths, file)
-    return common.attach(model, changes, name, path)
+    return common.attach(model, changes, name, path, probe)
 
 
 def _changes(tensors: Sequence[Tensor], paths: Sequence[str], file: Path) -> list[LowRank]:

@@ -227,7 +227,7 @@ def low_rank(path: str, down: Tensor, up: Tensor, scale: float) -> LowRank:
 # ---- into a model ---------------------------------------------------------------------------------------------------
 
 
-def attach(model: Any, found: Sequence[Change], name: str | None, path: str | Path) -> Tuner:
+def attach(model: Any, found: Sequence[Change], name: str | None, path: str | Path, probe: bool = True) -> Tuner:
     """Attach what a file holds; it acts at once. Kronecker products of one shape come as KronA, all else as LoRA.
 
     Raises:
@@ -255,7 +255,7 @@ def attach(model: Any, found: Sequence[Change], name: str | None, path: str | Pa
             a, b = (change.w1, change.w2) if isinstance(change, Kron) else (change.down, change.up)
             built[site].a.copy_(a.view(built[site].a.shape))  # type: ignore[operator, union-attr]
             built[site].b.copy_(b)  # type: ignore[operator]
-    return attaching.bind(Tuner(backbone, method, name, sites), built, [], [], probe=True)
+    return attaching.bind(Tuner(backbone, method, name, sites), built, [], [], probe=probe)
 
 
 def _lora(found: Sequence[Change]) -> LoRA:

@@ -63,7 +63,7 @@ def _metadata(ranks: dict[str, dict[str, int]]) -> dict[str, Any]:
     return found
 
 
-def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
+def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool = True) -> Tuner:
     """Attach a LoRA file of diffusers to a pipeline, or to the component that it is for.
 
     Raises:
@@ -86,4 +86,4 @@ def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
         config = {k.removeprefix(f"{part}."): v for k, v in metadata.items() if k.startswith(f"{part}.")}
         scale = peft.scaling(config, rest, pair["down"].shape[0], path)
         changes.append(common.low_rank(own, pair["down"], pair["up"], scale))
-    return common.attach(model, changes, name, path)
+    return common.attach(model, changes, name, path, probe)

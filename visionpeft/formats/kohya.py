@@ -56,7 +56,7 @@ def save(tuner: Tuner, path: str | Path) -> None:
     common.write(path, tensors, header(tuner.backbone, Path(path).stem, "networks.lora", ranks))
 
 
-def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
+def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool = True) -> Tuner:
     """Attach a file of sd-scripts (LoRA, LoCon as far as it is plain) to a pipeline or to its UNet.
 
     Raises:
@@ -71,7 +71,7 @@ def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
             raise FormatError(f"{path}: {module} has {', '.join(parts)} alone")
         down, up = parts["lora_down.weight"], parts["lora_up.weight"]
         changes.append(common.low_rank(own, down, up, _scale(parts, down.shape[0])))
-    return common.attach(model, changes, name, path)
+    return common.attach(model, changes, name, path, probe)
 
 
 def _scale(parts: Mapping[str, Tensor], rank: int) -> float:

@@ -82,7 +82,7 @@ def _names(backbone: Backbone, as_diffusers: bool) -> Mapping[str, str]:
 # ---- in -------------------------------------------------------------------------------------------------------------
 
 
-def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
+def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool = True) -> Tuner:
     """Attach a LyCORIS file. LoKr of one shape comes as KronA, of several or with factors of low rank as exact LoRA.
 
     Raises:
@@ -94,7 +94,7 @@ def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
     where = {own: own for own in common.names(backbone)} | kohya.flat_paths(backbone)
     where |= {f"lycoris_{own.replace('.', '_')}": own for own in common.names(backbone)}
     located = common.located(found, where, path)
-    return common.attach(model, [_change(own, found[m], path) for m, own in located.items()], name, path)
+    return common.attach(model, [_change(own, found[m], path) for m, own in located.items()], name, path, probe)
 
 
 def _change(own: str, parts: Mapping[str, Tensor], path: str | Path) -> Change:

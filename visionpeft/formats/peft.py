@@ -87,7 +87,7 @@ def _lokr(own: Mapping[str, Change]) -> dict[str, Any]:
 # ---- in -------------------------------------------------------------------------------------------------------------
 
 
-def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
+def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool = True) -> Tuner:
     """Attach a PEFT folder (LoRA, or LoKr without the scale's ambiguities) to the module that it was made for.
 
     Raises:
@@ -104,7 +104,7 @@ def load(model: Any, path: str | Path, name: str | None = None) -> Tuner:
     plain = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
     where = {backbone.split(own)[1]: own for own in common.names(backbone)}
     build = {"LORA": _low_rank, "LOKR": _kron}[config["peft_type"]]
-    return common.attach(model, build(plain, config, where, folder), name, folder)
+    return common.attach(model, build(plain, config, where, folder), name, folder, probe)
 
 
 def _refuse(config: Mapping[str, Any], path: Path) -> None:

@@ -63,7 +63,7 @@ class DiffFit(InPlace):
             raise MethodError(f"placement={self.placement!r}: expected one of {', '.join(PLACEMENTS)}")
 
     def choose(self, backbone: Backbone) -> list[Site]:
-        sites = [*self._learnt(backbone), *self._scaled(backbone)]
+        sites = [*self._scaled(backbone), *self._learnt(backbone)]
         sites = backbone.in_tower(sites, self.tower)
         if self.targets is None and self.within is None:
             sites = backbone.main(sites)
