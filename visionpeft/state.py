@@ -182,8 +182,11 @@ def read_header(path: str | Path) -> dict[str, Any]:
 def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool = True) -> Tuner:
     """Attach the adapter in a file and fill it; it acts at once, and brings its own classifier if it has one.
 
+    A file of a component alone (a UNet) loads into the pipeline, and one of a pipeline's component into that.
+
     Args:
         name: what to call it in the model; the file's stem by default.
+        probe: whether to look for dead adapters at once.
 
     Raises:
         AdapterFileError: a damaged or foreign file, or one for another model, with the first differing sites.
@@ -194,19 +197,16 @@ def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool =
     attaching.check_name(backbone, name)
     tensors = _tensors(path)
     try:
+        header = _placed(header, backbone)
         tuner, built, values, trained, scale = _interpret(header, tensors, backbone, name, path)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise AdapterFileError(f"{path}: the header is damaged: {type(error).__name__}: {error}") from error
-        header = _placed(header, backbone)
     attaching.bind(tuner, built, values, trained, probe=probe, values=values)
     if scale != 1:
         tuner.scale = scale
     return tuner
 
 
-def _tensors(path: str | Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(str(path))
 def _placed(header: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
     """The header with its paths below the component here that has the fingerprint of the one it was made for."""
     (old, *more) = header.get("components", [""])
@@ -227,6 +227,9 @@ def _placed(header: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
     return header | entries | {"fields": fields_, "components": found}
 
 
+def _tensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(str(path))
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterFileError(f"{path}: no readable safetensors file ({error})") from error
 
