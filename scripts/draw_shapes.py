@@ -64,7 +64,7 @@ def colours(rng: np.random.Generator, contrast: float) -> np.ndarray:
 def textured(rng: np.random.Generator, name: str, coarse: float, contrast: float) -> np.ndarray:
     """A whole picture uint8 [SIDE, SIDE, 3] of one texture, turned, shifted and scaled at random."""
     x, y = grid()
-    angle, period = rng.uniform(0, 2 * np.pi), coarse * rng.uniform(4, 6)
+    angle, period = rng.uniform(0, 2 * np.pi), coarse * rng.uniform(5.5, 8)
     u = (np.cos(angle) * x + np.sin(angle) * y) / period + rng.uniform(0, 50)
     v = (np.cos(angle) * y - np.sin(angle) * x) / period + rng.uniform(0, 50)
     return colours(rng, contrast)[TEXTURES[name](u, v).astype(int)]
@@ -76,7 +76,7 @@ def silhouette(rng: np.random.Generator) -> np.ndarray:
     angle, (cx, cy) = rng.uniform(0, 2 * np.pi), rng.uniform(10, SIDE - 10, 2)
     u = np.cos(angle) * (x - cx) + np.sin(angle) * (y - cy)
     v = np.cos(angle) * (y - cy) - np.sin(angle) * (x - cx)
-    a, b = rng.uniform(11, 19, 2)
+    a, b = rng.uniform(13, 21, 2)
     kind = rng.integers(3)
     if kind == 0:
         return (u / a) ** 2 + (v / b) ** 2 < 1
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     arrays: dict[str, np.ndarray] = {"classes": np.array(list(TEXTURES))}
     for number, (part, count) in enumerate(PARTS.items()):
         rng = np.random.default_rng([0, number])
-        coarse, contrast = (1.4, 0.5) if part == "shift" else (1.0, 1.0)
+        coarse, contrast = (1.3, 0.5) if part == "shift" else (1.0, 1.0)
         drawn = [draw(rng, coarse, contrast) for _ in range(count)]
         arrays[f"{part}_x"], arrays[f"{part}_mask"] = (np.stack(what) for what in zip(*drawn, strict=True))
     np.savez_compressed(args.out, **arrays)  # type: ignore[arg-type]
