@@ -22,7 +22,8 @@ def probe(tuner: Tuner, example: Example) -> None:
     """Run the example in train with gradients and in eval without, and name every adapter that does not act in both.
 
     In train an adapter acts if the output depends on its tensors (the autograd graph says so, whatever their values);
-    in eval if its module consulted it. With {component: example} these components run, one by one. Modes, buffers and random state are as before; no gradient is left.
+    in eval if its module consulted it. With {component: example} these components run, one by one. Modes, buffers and
+    random state are as before; no gradient is left.
     """
     if not tuner.adapters:
         return

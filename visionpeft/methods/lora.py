@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionpeft import backbones
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.binding import base_class
 from visionpeft.errors import MethodError
@@ -55,8 +56,13 @@ class LoRA(Method):
             raise MethodError(f"init={self.init!r}: expected 'kaiming' or 'gaussian'")
 
     def default_targets(self, backbone: Backbone) -> str:
-        """Query and value as in the paper, qkv where the three interleave; else the MLP layers, else the convs."""
+        """Query and value as in the paper, qkv where the three interleave; else the MLP layers, else the convs.
+
+        In diffusion models all projections of attention, as their training scripts have it.
+        """
         roles = {site.role for site in backbone.sites()}
+        if any(map(backbones.denoises, backbone.roots.values())):
+            return "query key value attn_out"
         return next((t for t in ("query value", "qkv", "mlp_in mlp_out", "conv") if set(t.split()) <= roles), "linear")
 
     def refuses(self, site: Site, module: nn.Module) -> str | None:
