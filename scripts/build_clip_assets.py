@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,6 +34,7 @@ from visionpeft.clip.text import encode_tokens, tokenize, zero_shot_weights
 from visionpeft.models.nano import CLASSES
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+WARMUP = 100  # updates
 HELD_OUT = 100  # photos for the retrieval figure
 
 
@@ -157,7 +159,9 @@ def train(args: argparse.Namespace, clip: Any, kept: dict[str, Tensor], labels: 
     generator = torch.Generator().manual_seed(args.seed)
     learnt = [p for n, p in model.named_parameters() if not n.startswith("visual.") or n == "visual.proj"]
     optimiser = torch.optim.AdamW(learnt, lr=args.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, args.lr, args.steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / args.steps)) / 2
+    )
     by_photo = [np.flatnonzero(pairs.owner == i) for i in range(len(pairs.images))]
 
     def draw(high: int, count: int) -> Tensor:
