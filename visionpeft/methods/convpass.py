@@ -57,8 +57,8 @@ class Convpass(Method):
 
     def choose(self, backbone: Backbone) -> list[Site]:
         """Where targets are the paper's, those of the tower that has the image; and its patch embedding."""
-        sites = [site for site in super().choose(backbone) if site.kind != "conv"]
-        embeddings = {site: _embedding(site, backbone) for site in sites}
+        sites, every = [site for site in super().choose(backbone) if site.kind != "conv"], backbone.sites()
+        embeddings = {site: _embedding(site, every, backbone) for site in sites}
         if self.targets is None:
             sites = [site for site in sites if embeddings[site] is not None]
         return [*sites, *dict.fromkeys(e for site in sites if (e := embeddings[site]) is not None)]
@@ -74,10 +74,10 @@ class Convpass(Method):
         return "its tokens are not batch first" if getattr(attention, "batch_first", True) is False else None
 
     def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
-        grids = {site: Grid() for site in sites if site.role == "patch_embed"}
+        grids, every = {site: Grid() for site in sites if site.role == "patch_embed"}, backbone.sites()
         found: dict[Site, Adapter] = {}
         for site in (s for s in sites if s not in grids):
-            if (embedding := _embedding(site, backbone)) is None:
+            if (embedding := _embedding(site, every, backbone)) is None:
                 raise SiteError(f"Convpass at {site}: no patch embedding by a conv tells the grid of its tokens")
             drop_path = float(getattr(backbone.module(site.ends[1]), "drop_prob", None) or 0)
             found[site] = ConvpassAdapter(self, site.shape[0], drop_path, **factory(backbone.module(site.path)))
@@ -85,7 +85,7 @@ class Convpass(Method):
         return {**found, **grids}
 
 
-def _embedding(site: Site, backbone: Backbone) -> Site | None:
+def _embedding(site: Site, every: Sequence[Site], backbone: Backbone) -> Site | None:
     """The patch embedding of the tower that a site is in."""
 
     def together(path: str) -> int:
@@ -93,7 +93,7 @@ def _embedding(site: Site, backbone: Backbone) -> Site | None:
         return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
 
     component = backbone.split(site.path)[0]
-    sites = [s for s in backbone.sites() if backbone.split(s.path)[0] == component]
+    sites = [s for s in every if backbone.split(s.path)[0] == component]
     embedding = next((s for s in sites if s.role == "patch_embed" and s.kind == "conv"), None)
     if embedding is None:
         return None

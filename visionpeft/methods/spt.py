@@ -188,8 +188,9 @@ def allocate(model: Any, scores: Mapping[str, Tensor], method: Method | None = N
     Raises:
         MethodError: scores of another model, or `method` acts nowhere.
     """
-    ranking = Ranking(Backbone(model), scores, method)
-    taus = sorted({min(tau, ranking.total) for tau in taus})
+    taus = sorted(set(taus))
+    ranking = Ranking(Backbone(model), scores, method, most=taus[-1])
+    taus = [tau for tau in taus if tau < ranking.total] or [ranking.total]
     plans = [ranking.plan(tau, alpha, beta) for tau in taus]
     best = min(plans, key=lambda plan: abs(plan[0] - budget))
     return best[1]
@@ -198,7 +199,7 @@ def allocate(model: Any, scores: Mapping[str, Tensor], method: Method | None = N
 class Ranking:
     """The ranked scalars of a model, in one row: matrices first, vectors after them."""
 
-    def __init__(self, backbone: Backbone, scores: Mapping[str, Tensor], method: Method | None) -> None:
+    def __init__(self, backbone: Backbone, scores: Mapping[str, Tensor], method: Method | None, most: int) -> None:
         self.method = method
         self.matrices = [Matrix(site, _scores_of(site, backbone, scores)) for site in _matrices(backbone)]
         self.vectors = {n: _scored(n, scores) for n in _vectors(backbone)}
@@ -206,7 +207,7 @@ class Ranking:
         sizes = [row.numel() for row in rows]
         self.total = sum(sizes)
         self.starts = torch.tensor([0, *sizes]).cumsum(0)
-        self.order = torch.cat(rows).float().cpu().argsort(descending=True, stable=True)[:_MOST]
+        self.order = torch.cat(rows).cpu().topk(min(most, self.total)).indices
         self.cover: Cover = {}
         self.common = 0
         if method is not None:
@@ -236,9 +237,6 @@ class Ranking:
         if not (structured or sparse or vectors):
             raise MethodError(f"nothing is selected with tau={tau}")
         return learnt, SPT(method=self.method, structured=[str(s) for s in structured], sparse=sparse, vectors=vectors)
-
-
-_MOST = 4_000_000  # scalars that are kept in order, more than any tau
 
 
 def _join(path: str, name: str) -> str:
