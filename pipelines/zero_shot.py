@@ -43,7 +43,8 @@ class Config:
     """Sets to classify: folder-all:PATH for a folder of class folders, or as in `visionpeft classify`. The first is the
     one that the adapter was tuned on; the others show what it forgot."""
     captions: tuple[str, ...] = ()
-    """Captioned images for retrieval: a CSV, a JSON file, or a folder with a .txt beside each image."""
+    """Captioned images for retrieval: a CSV, a JSON file, or a folder with a .txt beside each image. Captions beyond
+    the context are cut, as is usual."""
     root: str | None = None
     """Folder that holds the data sets."""
     classes: str | None = None
@@ -171,8 +172,8 @@ class Evaluator:
     def _images(self, images: Any) -> torch.Tensor:
         return image_features(self.clip.model, images, self.clip.preprocessing, self.cache, self.batch)
 
-    def _texts(self, texts: Sequence[str]) -> torch.Tensor:
-        ids = tokenize(self.clip.tokenizer, texts, self.clip.model.context_length)
+    def _texts(self, texts: Sequence[str], cut: bool = False) -> torch.Tensor:
+        ids = tokenize(self.clip.tokenizer, texts, self.clip.model.context_length, cut)
         return text_features(self.clip.model, ids, self.cache)
 
     def weights(self, classes: Sequence[str]) -> torch.Tensor:
@@ -187,4 +188,5 @@ class Evaluator:
         return classification_scores(logits, torch.from_numpy(labelled.images.labels))
 
     def _retrieve(self, pairs: Pairs) -> dict[str, float]:
-        return retrieval_scores(self._images(pairs.images), self._texts(pairs.captions), torch.from_numpy(pairs.owner))
+        texts = self._texts(pairs.captions, cut=True)
+        return retrieval_scores(self._images(pairs.images), texts, torch.from_numpy(pairs.owner))

@@ -177,7 +177,7 @@ def train(args: argparse.Namespace, clip: Any, kept: dict[str, Tensor], labels: 
         texts = names + [pairs.captions[j] for j in chosen]
         x = torch.cat([kept["cifar"][draw(2, len(rows)), rows], kept["photos"][draw(args.views, len(some)), some]])
         group = torch.cat([labels[rows], len(CLASSES) + torch.arange(len(some))])
-        text = encode_tokens(model, tokenize(clip.tokenizer, texts, model.context_length))
+        text = encode_tokens(model, tokenize(clip.tokenizer, texts, model.context_length, cut=True))
         value = loss(x @ model.visual.proj, text, group[:, None] == torch.arange(len(texts)), model.logit_scale.exp())
         optimiser.zero_grad()
         value.backward()
@@ -215,7 +215,7 @@ def figures(clip: Any, cifar: dict[str, Tensor], held: Pairs) -> dict[str, float
     x = F.normalize(pooled(model, cifar["test_x"]) @ model.visual.proj, dim=-1)
     w = zero_shot_weights(model, clip.tokenizer, CLASSES, read_templates("openai"))
     photo = pooled(model, photos(held, cifar["test_x"].shape[-1], 1, 0)[0]) @ model.visual.proj
-    ids = tokenize(clip.tokenizer, held.captions, model.context_length)
+    ids = tokenize(clip.tokenizer, held.captions, model.context_length, cut=True)
     text = F.normalize(encode_tokens(model, ids), dim=-1)
     scores = retrieval_scores(F.normalize(photo, dim=-1), text, torch.from_numpy(held.owner))
     return {

@@ -126,6 +126,8 @@ def test_tokens_beyond_the_context_are_an_error_that_shows_the_text():
     fits = "word " * 30
     assert tokenize(tokenizer, [fits], 32).shape == (1, 32)
     assert torch.equal(tokenize(tokenizer, [fits, "cat"], 32), tokenizer([fits, "cat"]))
+    long = tokenize(tokenizer, ["cat", fits + "more"], 32, cut=True)
+    assert torch.equal(long[1, :-1], tokenize(tokenizer, [fits], 32)[0, :-1]) and int(long[1, -1]) == 49407
     with pytest.raises(ClipError, match=r"1 of 2 texts have more tokens than the context of 32: 'word .*\.\.\.'"):
         tokenize(tokenizer, ["cat", fits + "more"], 32)
 

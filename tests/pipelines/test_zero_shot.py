@@ -124,7 +124,7 @@ def test_an_adapter_of_the_text_tower_encodes_each_image_once(folder, monkeypatc
 
 
 def test_retrieval_on_captioned_images(folder):
-    rows = [f"images/{c}/{i}.png,{c} number {i}" for c in CLASSES for i in range(2)]
+    rows = [f"images/{c}/{i}.png,{c} number {i}" + " and so on" * 20 for c in CLASSES for i in range(2)]
     (folder / "captions.csv").write_text("image,caption\n" + "\n".join(rows))
     result = run(Config("tiny", data=(), captions=(str(folder / "captions.csv"),), out=str(folder / "out")))
     (scores,) = result.before.values()

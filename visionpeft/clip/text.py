@@ -21,12 +21,17 @@ from visionpeft.clip.templates import Template, fill
 Tokenizer = Callable[..., Tensor]
 
 
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> Tensor:
-    """Token ids (N, context_length); open_clip's tokenizers cut what is too long without a word, this one does not.
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int, cut: bool = False) -> Tensor:
+    """Token ids (N, context_length); open_clip's tokenizers cut what is too long without a word.
+
+    Args:
+        cut: keep the beginning of long texts, as one does with captions; a prompt would lose its class name.
 
     Raises:
-        ClipError: a text has more tokens than the context.
+        ClipError: a text has more tokens than the context, and may not be cut.
     """
+    if cut:
+        return tokenizer(list(texts), context_length=context_length)
     ids = tokenizer(list(texts), context_length=context_length + 1)
     padding = tokenizer([""], context_length=context_length + 1)[0, -1]
     long = (ids[:, -1] != padding).nonzero()
