@@ -34,6 +34,10 @@ def adapted(key: str, dtype=torch.float64, **fields):
             if isinstance(m, torch.nn.BatchNorm1d):
                 m.running_mean.normal_()
                 m.running_var.uniform_(0.5, 2)
+        for a in tuner.adapters.values():
+            if hasattr(a, "mean"):
+                a.mean.normal_()
+                a.var.uniform_(0.5, 2)
     return model.eval(), tuner
 
 
@@ -76,10 +80,12 @@ class Hand:
     def mlp(self, b, n):
         return self.lin(f"{b}.mlp.fc2", F.gelu(self.lin(f"{b}.mlp.fc1", n)))
 
-    def head(self, *features):
-        y = torch.cat(features, -1)
-        for i in (0, 4):
-            y = self.batchnorm(f"cls_head_finetune.{i + 1}", self.lin(f"cls_head_finetune.{i}", y)).relu()
+    def head(self, tuner, cls, more, pooled):
+        (columns,) = [a.columns for a in tuner.adapters.values() if hasattr(a, "columns")]
+        left, right = self.s["cls_head_finetune.0.weight"].chunk(2, 1)  # one weight of a classifier of three features
+        y = torch.cat([cls, more, pooled], -1) @ torch.cat([left, columns, right], 1).T
+        y = self.batchnorm("cls_head_finetune.1", y + self.s["cls_head_finetune.0.bias"]).relu()
+        y = self.batchnorm("cls_head_finetune.5", self.lin("cls_head_finetune.4", y)).relu()
         return self.lin("cls_head_finetune.8", y)
 
     def start(self, centres, tokens):
@@ -104,23 +110,23 @@ def test_idpt_by_its_description():
         b = f"blocks.blocks.{i}"
         if i == 1:
             f, maps = x[:, 1:], []
-            for weight, bn in zip(a.edges, a.norms, strict=False):
+            for n, weight in enumerate(a.edges):
                 near = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist").topk(3, largest=False).indices
                 pairs = torch.stack([f[c][near[c]] for c in range(3)])
                 own = f.unsqueeze(2).expand_as(pairs)
                 e = torch.cat([pairs - own, own], -1) @ weight.T
-                e = (e - bn.running_mean) / (bn.running_var + 1e-5).sqrt() * bn.weight + bn.bias
+                e = (e - a.mean[n]) / (a.var[n] + 1e-5).sqrt() * a.norm_weight[n] + a.norm_bias[n]
                 f = F.leaky_relu(e, 0.2).max(2).values
                 maps.append(f)
-            bn, e = a.norms[3], torch.cat(maps, -1) @ a.join.T
-            e = (e - bn.running_mean) / (bn.running_var + 1e-5).sqrt() * bn.weight + bn.bias
+            e = torch.cat(maps, -1) @ a.join.T
+            e = (e - a.mean[3]) / (a.var[3] + 1e-5).sqrt() * a.norm_weight[3] + a.norm_bias[3]
             prompt = F.leaky_relu(e, 0.2).max(1, keepdim=True).values
             x = torch.cat([x[:, :1], prompt, x[:, 1:]], 1)
             pos = torch.cat([pos[:, :1], a.position.expand(3, -1, -1), pos[:, 1:]], 1)
         x = hand.attention(b, x + pos)
         x = x + hand.mlp(b, hand.norm(f"{b}.norm2", x))
     x = hand.norm("norm", x)
-    close(model, hand.head(x[:, 0], x[:, 1], x[:, 2:].max(1).values))
+    close(model, hand.head(tuner, x[:, 0], x[:, 1], x[:, 2:].max(1).values))
 
 
 def test_dapt_by_its_description():
@@ -143,7 +149,7 @@ def test_dapt_by_its_description():
         x = torch.cat([x[:, :1], prompt, x[:, 1:]], 1)
     x = hand.norm("norm", x)
     assert x.shape[1] == 1 + 2 + 8
-    close(model, hand.head(x[:, 0], x[:, 1:3].mean(1), x[:, 3:].max(1).values))
+    close(model, hand.head(tuner, x[:, 0], x[:, 1:3].mean(1), x[:, 3:].max(1).values))
 
 
 def test_ppt_by_its_description():
@@ -164,7 +170,7 @@ def test_ppt_by_its_description():
         x = hand.attention(b, x)
         x = x + hand.mlp(b, hand.norm(f"{b}.norm2", x)) + run(2, x)
     x = hand.norm("norm", x)
-    close(model, hand.head(x[:, 0], x[:, 1:9].mean(1), x[:, 9:].mean(1)))
+    close(model, hand.head(tuner, x[:, 0], x[:, 9:].mean(1), x[:, 1:9].mean(1)))
 
 
 def test_adapters_of_dapt_stand_before_drop_path():

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionpeft.adapter import Adapter, factory
-from visionpeft.methods.points import WiderHead, WiderPool, stages
+from visionpeft.methods.points import MoreColumns, PoolMore, Slot, WiderHead, stages
 from visionpeft.methods.ssf import SSF
 from visionpeft.sites import Backbone, Site
 
@@ -53,11 +53,12 @@ class DAPT(WiderHead):
             for site in backbone.sites()
             if (site.path in blocks and site.role in ("block", "mlp")) or (site.path in scaled and not site.part)
         ]
-        return [*stages(backbone, "tokens"), *wanted, *stages(backbone, "pool")]
+        return [*stages(backbone, "tokens"), *wanted, *self.head(backbone)]
 
     def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
         slots: dict[str, Slot] = {site.path: Slot() for site in sites if site.kind == "block"}
-        first = next(iter(slots))
+        first, feature = next(iter(slots)), Slot()
+        width = next(site.shape[0] for site in sites if site.kind == "block")
         found: dict[Site, Adapter] = {}
         for site in sites:
             module = backbone.module(site.path)
@@ -68,18 +69,14 @@ class DAPT(WiderHead):
                 keeps = site.path == first
                 found[site] = InternalPrompt(slots[site.path], keeps, site.shape[0], **factory(module))
             elif site.role == "pool":
-                found[site] = PromptsPool(len(slots))
+                found[site] = PromptsPool(feature, len(slots))
             elif site.role == "tokens":
                 found[site] = Scaled(site.shape[0], **factory(module))
+            elif site.role == "head":
+                found[site] = MoreColumns(feature, site.shape[0], width, **factory(module))
             else:
                 found[site] = SSF().build(site, module)
         return found
-
-
-class Slot:
-    """What the adapter of a block hands to the prompt of the same block."""
-
-    value: Tensor | None = None
 
 
 class Scaled(Adapter):
@@ -114,9 +111,8 @@ class InternalPrompt(Scaled):
         return x, positions if self.first else None, centres
 
     def after(self, y: Tensor) -> Tensor:
-        prompt, self.slot.value = self.slot.value, None
-        assert prompt is not None
-        return torch.cat([y[:, :1], self.scaled(prompt.to(y.dtype)), y[:, 1:]], 1)
+        prompt = self.slot.take().to(y.dtype)
+        return torch.cat([y[:, :1], self.scaled(prompt), y[:, 1:]], 1)
 
 
 class DynamicAdapter(Adapter):
@@ -152,11 +148,11 @@ class DynamicAdapter(Adapter):
         return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
-class PromptsPool(WiderPool):
+class PromptsPool(PoolMore):
     """The mean of the prompts is the feature."""
 
-    def __init__(self, prompts: int) -> None:
-        super().__init__()
+    def __init__(self, slot: Slot, prompts: int) -> None:
+        super().__init__(slot)
         self.prompts = prompts
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:

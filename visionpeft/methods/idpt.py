@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionpeft.adapter import Adapter, factory
-from visionpeft.methods.points import WiderHead, WiderPool, stages
+from visionpeft.methods.points import MoreColumns, PoolMore, Slot, WiderHead
 from visionpeft.models.point_ops import take
 from visionpeft.sites import Backbone, Site
 
@@ -41,17 +41,16 @@ class IDPT(WiderHead):
         return "block"
 
     def choose(self, backbone: Backbone) -> list[Site]:
-        return [super().choose(backbone)[-1], *stages(backbone, "pool")]
+        return [super().choose(backbone)[-1], *self.head(backbone)]
 
     def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
-        found: dict[Site, Adapter] = {}
-        for site in sites:
-            kw = factory(backbone.module("blocks"))
-            found[site] = PromptPool() if site.kind == "stage" else DynamicPrompt(self, site.shape[0], **kw)
-        return found
+        block, pool, first = sites
+        slot, width, kw = Slot(), block.shape[0], factory(backbone.module(block.path))
+        columns = MoreColumns(slot, first.shape[0], width, **kw)
+        return {block: DynamicPrompt(self, width, **kw), pool: PromptPool(slot), first: columns}
 
 
-class PromptPool(WiderPool):
+class PromptPool(PoolMore):
     """The prompt is the feature."""
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,16 +58,24 @@ class PromptPool(WiderPool):
 
 
 class DynamicPrompt(Adapter):
-    """edges (3, D, 2 D), join (D, 3 D), four BatchNorms (D); position (1, 1, D), a buffer."""
+    """edges (3, D, 2 D), join (D, 3 D); of four BatchNorms norm_weight, norm_bias (4, D) and, as buffers, mean and var.
+
+    position (1, 1, D), a buffer too.
+    """
 
     position: Tensor
+    mean: Tensor
+    var: Tensor
 
     def __init__(self, method: IDPT, width: int, **kw: Any) -> None:
         super().__init__()
         self.neighbours = method.neighbours
         self.edges = nn.Parameter(torch.empty(3, width, 2 * width, **kw))
         self.join = nn.Parameter(torch.empty(width, 3 * width, **kw))
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width, **kw) for _ in range(4))
+        self.norm_weight = nn.Parameter(torch.ones(4, width, **kw))
+        self.norm_bias = nn.Parameter(torch.zeros(4, width, **kw))
+        self.register_buffer("mean", torch.zeros(4, width, **kw))
+        self.register_buffer("var", torch.ones(4, width, **kw))
         self.register_buffer("position", torch.empty(1, 1, width, **kw))
         self.reset_parameters()
 
@@ -88,15 +95,15 @@ class DynamicPrompt(Adapter):
     def prompt(self, f: Tensor) -> Tensor:
         """Patch tokens (B, G, D) -> prompt (B, 1, D)."""
         found = []
-        for weight, norm in zip(self.edges, self.norms, strict=False):
-            found.append(f := self._edge(f, weight.to(f.dtype), norm))
-        joined = self._activated(F.linear(torch.cat(found, -1), self.join.to(f.dtype)), self.norms[3])
+        for i, weight in enumerate(self.edges):
+            found.append(f := self._edge(f, weight.to(f.dtype), i))
+        joined = self._activated(F.linear(torch.cat(found, -1), self.join.to(f.dtype)), 3)
         return joined.amax(1, keepdim=True)
 
-    def _edge(self, f: Tensor, weight: Tensor, norm: nn.Module) -> Tensor:
+    def _edge(self, f: Tensor, weight: Tensor, i: int) -> Tensor:
         near, own = weight.chunk(2, 1)  # W [f_j - f_i, f_i] = near f_j + (own - near) f_i, before any pairs are made
         pairs = take(F.linear(f, near), self._nearest(f)) + F.linear(f, own - near).unsqueeze(2)
-        return self._activated(pairs, norm).amax(2)
+        return self._activated(pairs, i).amax(2)
 
     @torch.no_grad()
     def _nearest(self, f: Tensor) -> Tensor:
@@ -104,5 +111,8 @@ class DynamicPrompt(Adapter):
         distances = square.unsqueeze(2) - 2 * f @ f.mT + square.unsqueeze(1)
         return distances.topk(min(self.neighbours, f.shape[1]), largest=False).indices
 
-    def _activated(self, x: Tensor, norm: nn.Module) -> Tensor:
-        return F.leaky_relu(norm(x.flatten(0, -2)).view_as(x), 0.2).to(x.dtype)
+    def _activated(self, x: Tensor, i: int) -> Tensor:
+        """The i-th BatchNorm on x (..., D), then LeakyReLU."""
+        flat, weight, bias = x.flatten(0, -2), self.norm_weight[i], self.norm_bias[i]
+        y = F.batch_norm(flat, self.mean[i], self.var[i], weight, bias, self.training)
+        return F.leaky_relu(y.view_as(x), 0.2).to(x.dtype)

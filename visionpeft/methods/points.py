@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionpeft import backbones
@@ -60,48 +61,66 @@ def stages(backbone: Backbone, role: str) -> list[Site]:
 
 @dataclass(frozen=True)
 class WiderHead(PointMethod):
-    """A method whose classifier takes three features: class token, one more, maximum over the patches.
+    """A method whose classifier takes three features: two as before and one more.
 
-    The classifier learns with it. The first weight keeps the columns that it has; those of the new feature are drawn.
+    The first weight of the classifier keeps its shape; the columns of the new feature stand beside it, as an adapter.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"block", "branch", "stage", "linear", "norm"})
     trains: ClassVar[str | None] = "head"
 
-    def choose(self, backbone: Backbone) -> list[Site]:
-        sites = super().choose(backbone)
+    def head(self, backbone: Backbone) -> list[Site]:
+        """The pooling and the classifier's first Linear.
+
+        Raises:
+            SiteError: the model has no class token in front or no classifier.
+        """
         if not backbone.heads() or backbones.prefix_tokens(backbone.roots.get("", nn.Module())) != 1:
-            raise SiteError(f"{type(self).__name__} needs a classifier of the Point-MAE kind: one class token and a head")
-        return sites
-
-    def learns(self, sites: Sequence[Site], backbone: Backbone) -> list[tuple[str, str]]:
-        return [*super().learns(sites, backbone), (f"{backbone.heads()[0]}.0", "weight")]
-
-    def starts(self, backbone: Backbone) -> dict[tuple[str, str], Tensor]:
-        path = f"{backbone.heads()[0]}.0"
-        old = backbone.module(path).weight
-        new = torch.empty_like(old[:, : old.shape[1] // 2])
-        nn.init.trunc_normal_(new, std=0.02)
-        first, second = old.detach().chunk(2, 1)
-        return {(path, "weight"): torch.cat([first, new, second], 1)}
+            raise SiteError(f"{type(self).__name__} needs a classifier of the Point-MAE kind: one class token, a head")
+        first = f"{backbone.heads()[0]}.0"
+        return [*stages(backbone, "pool"), *(s for s in backbone.sites() if s.path == first and not s.part)]
 
 
-class WiderPool(Adapter):
-    """At the pooling: takes what it wants from the tokens, and puts it between the two features."""
+class Slot:
+    """What one adapter hands to another within a forward."""
 
-    def __init__(self) -> None:
+    value: Tensor | None = None
+
+    def take(self) -> Tensor:
+        value, self.value = self.value, None
+        if value is None:
+            raise SiteError("the classifier was called without the pooling before it: call the model as a whole")
+        return value
+
+
+class PoolMore(Adapter):
+    """At the pooling: hands one more feature (B, D) of the tokens to the classifier."""
+
+    def __init__(self, slot: Slot) -> None:
         super().__init__()
-        self._more: Tensor | None = None
+        self.slot = slot
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens for the pooling, and the feature (B, D) that is put between its two."""
+        """Tokens for the pooling, and the feature."""
         raise NotImplementedError
 
     def before(self, x: Tensor) -> Tensor:
-        x, self._more = self.split(x)
+        x, self.slot.value = self.split(x)
         return x
 
-    def after(self, y: Any) -> Any:
-        more, self._more = self._more, None
-        assert more is not None
-        return torch.cat([y[:, : more.shape[1]], more, y[:, more.shape[1] :]], 1)
+
+class MoreColumns(Adapter):
+    """At the classifier's first Linear: columns weight (out, D) for the feature."""
+
+    def __init__(self, slot: Slot, out: int, width: int, **kw: Any) -> None:
+        super().__init__()
+        self.slot = slot
+        self.columns = nn.Parameter(torch.empty(out, width, **kw))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.columns, std=0.02)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        feature = self.slot.take()
+        return y + F.linear(feature, self.columns.to(feature.dtype)).to(y.dtype)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionpeft.adapter import Adapter, Shared, factory
-from visionpeft.methods.points import WiderHead, stages
+from visionpeft.methods.points import MoreColumns, PoolMore, Slot, WiderHead, stages
 from visionpeft.models.point_ops import group
 from visionpeft.models.point_transformer import add_positions
 from visionpeft.sites import Backbone, Site, inside
@@ -47,7 +47,7 @@ class PPT(WiderHead):
     def choose(self, backbone: Backbone) -> list[Site]:
         blocks = [site.path for site in super().choose(backbone)]
         inner = [s for s in backbone.sites() if s.path in blocks and s.role in ("block", "mlp")]
-        return [*stages(backbone, "grouping"), *inner, *stages(backbone, "pool")]
+        return [*stages(backbone, "grouping"), *inner, *self.head(backbone)]
 
     def learns(self, sites: Sequence[Site], backbone: Backbone) -> list[tuple[str, str]]:
         more = [
@@ -59,11 +59,15 @@ class PPT(WiderHead):
 
     def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
         width = next(site.shape[0] for site in sites if site.kind == "block")
-        mlps = PromptMLPs(width, self.hidden, **factory(backbone.module("blocks")))
+        kw, slot = factory(backbone.module("blocks")), Slot()
+        mlps = PromptMLPs(width, self.hidden, **kw)
         found: dict[Site, Adapter] = {Shared.site("mlps"): mlps}
         for site in sites:
             if site.kind == "stage":
-                found[site] = SecondGroups(self.tokens) if site.role == "grouping" else MeansPool(self.tokens)
+                found[site] = SecondGroups(self.tokens) if site.role == "grouping" else MeansPool(slot, self.tokens)
+                continue
+            if site.role == "head":
+                found[site] = MoreColumns(slot, site.shape[0], width, **kw)
                 continue
             found[site] = BesideMLP() if site.kind == "branch" else BeforeBlock(self.tokens)
             mlps.refer(found[site])
@@ -137,20 +141,19 @@ class BesideMLP(Adapter):
         return y + self.shared.run(2, x).to(y.dtype)
 
 
-class MeansPool(Adapter):
-    """Class token, mean patch, mean prompt."""
+class MeansPool(PoolMore):
+    """Class token and mean patch; the mean prompt is the feature."""
 
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
+    def __init__(self, slot: Slot, tokens: int) -> None:
+        super().__init__(slot)
         self.tokens = tokens
-        self._features: Tensor | None = None
+        self._pooled: Tensor | None = None
 
-    def before(self, x: Tensor) -> Tensor:
-        means = [x[:, 1 : -self.tokens].mean(1), x[:, -self.tokens :].mean(1)]
-        self._features = torch.cat([x[:, 0], *means], 1)
-        return x
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._pooled = torch.cat([x[:, 0], x[:, 1 : -self.tokens].mean(1)], 1)
+        return x, x[:, -self.tokens :].mean(1)
 
     def after(self, y: Tensor) -> Tensor:
-        features, self._features = self._features, None
-        assert features is not None
-        return features
+        pooled, self._pooled = self._pooled, None
+        assert pooled is not None
+        return pooled
