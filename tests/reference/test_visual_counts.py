@@ -22,6 +22,7 @@ BASE = {  # ViT-B/16, without head
     "compacter 8": (M.Compacter(hidden=8), 55_936),
     "compacter 32": (M.Compacter(hidden=32), 57_664),
     "mosa": (M.MoSA(), 322_752),
+    "rein": (M.Rein(), 12 * (100 * 16 + 16 * 768) + 2 * (768 * 768 + 768) + 1),
     "linear adapter": (M.LinearAdapter(), 2 * 12 * (8 * 2 * 768 + 8 + 768)),
     "binary adaptformer": (M.BinaryAdaptFormer(), 589_824),
     "binary lora": (M.BinaryLoRA(), 1_179_648),
