@@ -43,11 +43,85 @@ def recipe(x: Tensor) -> Recipe | None:
     while type(node).__name__ in _VIEWS:
         node = node.next_functions[0][0]
     kind = _KINDS.get(type(node).__name__)
-    found = kind(node) if kind else None
+    found = kind(node) if kind else _copied(x)
     if found is None:
         return None
     size, stride, offset, make = x.size(), x.stride(), x.storage_offset(), found.make
     return Recipe(lambda *t: make(*t).as_strided(size, stride, offset), tuple(t.detach() for t in found.tensors))
+
+
+def _copied(x: Tensor) -> Recipe | None:
+    """`x`, contiguous, from a source that views, rolls and copies have rearranged: Swin's windows.
+
+    It is what the graph says. A write under no_grad to something between two copies is not in the graph: the gradients
+    of the model itself take no notice of it either.
+    """
+    node: Any = x.grad_fn
+    moves: list[Callable[[Tensor], Tensor]] = []
+    size = tuple(x.shape)
+    while (move := _MOVES.get(type(node).__name__)) is not None and (found := move(node, size)) is not None:
+        moves.append(found[0])
+        size = found[1]
+        node = node.next_functions[0][0]
+    kind = _KINDS.get(type(node).__name__)
+    source = kind(node) if kind and x.is_contiguous() and not x.storage_offset() else None
+    if source is None:
+        return None
+
+    def make(*tensors: Tensor) -> Tensor:
+        y = source.make(*tensors)
+        for step in reversed(moves):
+            y = step(y)
+        return y.contiguous()
+
+    return Recipe(make, source.tensors)
+
+
+Size = tuple[int, ...]
+Move = tuple[Callable[[Tensor], Tensor], Size]
+"""What a node did to its input, and the size of that input."""
+
+
+def _signed(numbers: Any) -> tuple[int, ...]:
+    """Nodes hand out negative numbers as unsigned ones of 64 bits."""
+    return tuple(n - 2**64 if n >= 2**63 else n for n in numbers)
+
+
+def _view(node: Any, size: Size) -> Move:
+    return lambda t: t.reshape(size), tuple(node._saved_self_sym_sizes)
+
+
+def _permute(node: Any, size: Size) -> Move:
+    dims = [d % len(size) for d in _signed(node._saved_dims)]
+    return lambda t: t.permute(dims), tuple(size[dims.index(d)] for d in range(len(size)))
+
+
+def _transpose(node: Any, size: Size) -> Move:
+    a, b = (d % len(size) for d in _signed((node._saved_dim0, node._saved_dim1)))
+    order = [b if d == a else a if d == b else d for d in range(len(size))]
+    return lambda t: t.transpose(a, b), tuple(size[d] for d in order)
+
+
+def _roll(node: Any, size: Size) -> Move:
+    shifts, dims = _signed(node._saved_shifts), _signed(node._saved_dims)
+    return lambda t: torch.roll(t, shifts, dims or None), size
+
+
+def _pad(node: Any, size: Size) -> Move | None:
+    """Padding by nothing, as Swin does at fitting sizes; the node does not say what it padded with."""
+    return None if any(node._saved_pad) else (lambda t: t, size)
+
+
+_MOVES: dict[str, Callable[[Any, Size], Move | None]] = {
+    "ConstantPadNdBackward0": _pad,
+    "ViewBackward0": _view,
+    "UnsafeViewBackward0": _view,
+    "ReshapeAliasBackward0": _view,
+    "PermuteBackward0": _permute,
+    "TransposeBackward0": _transpose,
+    "RollBackward0": _roll,
+    "CloneBackward0": lambda node, size: (lambda t: t, size),
+}
 
 
 def has_saved_tensor_hooks() -> bool:
@@ -100,7 +174,14 @@ def _product(node: Any) -> Recipe | None:
     return None if saved is None or any(t is None for t in saved) else Recipe(torch.mul, tuple(saved))
 
 
+def _bmm(node: Any) -> Recipe | None:
+    """Attention written out, probabilities times values: little work next to the Linear that follows."""
+    saved = _saved(node, "self", "mat2")
+    return None if saved is None or any(t is None for t in saved) else Recipe(torch.bmm, tuple(saved))
+
+
 _KINDS: dict[str, Callable[[Any], Recipe | None]] = {
+    "BmmBackward0": _bmm,
     "NativeLayerNormBackward0": _layer_norm,
     "GeluBackward0": lambda node: _of_input(functools.partial(F.gelu, approximate=node._saved_approximate), node),
     "SiluBackward0": lambda node: _of_input(F.silu, node),

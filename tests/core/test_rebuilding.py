@@ -33,6 +33,7 @@ SOURCES = {
     "product": lambda x: x * (x + 1),
     "gated": lambda x: F.silu(x) * torch.sin(x),
     "broadcast product": lambda x: x * torch.randn(x.shape[-1], dtype=x.dtype, requires_grad=True),
+    "batched product": lambda x: torch.bmm(x[None] if x.dim() == 2 else x, (x[None] if x.dim() == 2 else x).mT + 1),
     "relu": F.relu,
     "sum": lambda x: x + 1,
 }
@@ -54,7 +55,15 @@ VIEWS = {
     "chain": lambda y: y.unsqueeze(0).transpose(0, 1).squeeze(1).permute(*range(y.dim())),
     "select": lambda y: y[..., 0],
     "chunk": lambda y: y.chunk(2, -1)[1],
-}
+} | (MOVED := {
+    "copied": lambda y: y.transpose(0, -1).contiguous(),
+    "rolled": lambda y: torch.roll(y, (1, -2), (0, -1)).view(-1, y.shape[-1]),
+    "rolled flat": lambda y: torch.roll(y, 3),
+    "windows": lambda y: y.unflatten(0, (1, -1)).transpose(0, 2).contiguous().flatten(0, 1),
+    "heads": lambda y: torch.roll(y.transpose(0, 1).flatten(1), 1, 0).view(1, -1, y.shape[-1]).mT.contiguous(),
+    "padded by nothing": lambda y: F.pad(y, (0, 0)).transpose(0, 1).contiguous(),
+    "padded": lambda y: F.pad(y, (0, 1)).transpose(0, 1).contiguous(),
+})
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
@@ -82,6 +91,18 @@ def test_the_usual_cases_are_rebuilt_from_what_the_graph_keeps(source, dtype):
     found = recipe(x.flatten(0, 1))
     assert found is not None
     assert x.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in found.tensors}
+
+
+@pytest.mark.parametrize("move", MOVED)
+@pytest.mark.parametrize("source", ["layer norm", "gelu", "batched product"])
+def test_what_was_copied_and_moved_is_rebuilt(source, move):
+    leaf = torch.randn(4, 4, 4, requires_grad=True)
+    x = VIEWS[move](SOURCES[source](leaf + 0))
+    found = recipe(x)
+    assert (found is None) == (move == "padded")  # the graph does not tell by what
+    if found is not None:
+        assert x.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in found.tensors}
+        assert torch.equal(found.make(*found.tensors), x)
 
 
 @pytest.mark.parametrize("source", ["layer norm", "gelu", "silu", "product"])
