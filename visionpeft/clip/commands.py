@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from visionpeft.pipelines.contrastive import Config as Contrast
 from visionpeft.pipelines.few_shot import Config as FewShot
 from visionpeft.pipelines.zero_shot import Config as ZeroShot
 
-_ZERO_SHOT, _FEW_SHOT = ZeroShot(), FewShot()
+_ZERO_SHOT, _FEW_SHOT, _CONTRAST = ZeroShot(), FewShot(), Contrast()
 
 
 def register(app: Any) -> None:
     """Enter the commands into a tyro app."""
     app.command(_zero_shot, name="zero-shot")
     app.command(_few_shot, name="few-shot")
+    app.command(_contrast, name="contrast")
 
 
 def _zero_shot(config: ZeroShot = _ZERO_SHOT) -> int:
@@ -56,5 +58,24 @@ def _few_shot(config: FewShot = _FEW_SHOT) -> int:
         console.print(f"harmonic mean of base and new: {100 * result.harmonic:.2f} %")
     if result.chosen:
         console.print(f"chosen on validation images: {result.chosen}", markup=False)
+    console.print(f"all in {result.folder}", markup=False)
+    return 0
+
+
+def _contrast(config: Contrast = _CONTRAST) -> int:
+    """Tune a CLIP model on images with captions; retrieval on held-out images tells what was gained."""
+    from visionpeft.pipelines.contrastive import run
+    from visionpeft.report.console import _console, _table
+
+    console = _console()
+    with console.status(config.method) as status:
+        result = run(config, lambda done, total, loss: status.update(f"{done} of {total} updates, loss {loss:.3f}"))
+    body = [
+        [key.replace("_", " "), f"{100 * old:.2f}", f"{100 * new:.2f}", f"{100 * (new - old):+.2f}"]
+        for key, old in result.before.items()
+        for new in [result.after[key]]
+    ]
+    title = f"{result.held_out} held-out images, {config.method}, {result.parameters:,} parameters"
+    console.print(_table(["recall %", "before", "after", "difference"], body, title))
     console.print(f"all in {result.folder}", markup=False)
     return 0
