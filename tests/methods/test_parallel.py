@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 # One of each way to act: fused low rank, weights lent, branches with taps, copies that learn in place, tokens, MHA.
 CASES = [zoo.Case(*c) for c in (("lora", "vit"), ("ssf", "vit"), ("houlsby", "vit"), ("bitfit", "vit"), ("vpt", "vit"),
+                                ("fact_tt", "vit"), ("rein", "vit"),
                                 ("lora", "beit"), ("lora", "efficientnet"), ("lora", "encoder"))]  # fmt: skip
 
 

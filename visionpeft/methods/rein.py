@@ -61,7 +61,7 @@ class Rein(Method):
 
 
 class Maps(Shared):
-    """token_weight, delta_weight (D, D), token_bias, delta_bias (D), scale ()."""
+    """token_weight, delta_weight (D, D), token_bias, delta_bias (D), scale (1)."""
 
     def __init__(self, width: int, **kw: Any) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Maps(Shared):
             linear = nn.Linear(width, width, **kw)
             self.register_parameter(f"{name}_weight", linear.weight)
             self.register_parameter(f"{name}_bias", linear.bias)
-        self.scale = nn.Parameter(torch.full((), 0.001, **kw))
+        self.scale = nn.Parameter(torch.full((1,), 0.001, **kw))  # FSDP2 takes no scalars
 
 
 class ReinAdapter(Adapter):
