@@ -16,7 +16,7 @@ REFUSED = {
     ("ssf", "eva02"): "no bias", ("ssf", "beit"): "no bias", ("ssf", "swinv2"): "no bias",
     ("ssf", "resnet"): "no bias", ("ssf", "efficientnet"): "no bias",
     ("ssf", "bit"): "standardises", ("ssf", "nfnet"): "standardises",
-    ("ssf", "clip"): "no bias",
+    ("ssf", "clip"): "no bias", ("ssf", "points"): "no bias",
 }  # fmt: skip
 
 

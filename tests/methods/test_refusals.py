@@ -101,9 +101,9 @@ def test_an_adapter_that_is_dead_in_eval_only_is_named():
 
 @pytest.mark.parametrize("key", vp.METHODS)
 def test_a_name_twice_is_refused_and_the_first_one_works_on(key):
-    case = zoo.Case(key, "vit")
+    case = zoo.home(key)
     model, tuner = zoo.tune(case)
-    x = zoo.inputs("vit")
+    x = zoo.inputs(case.backbone)
     y = zoo.see(model, x)
     with pytest.raises(VisionPEFTError, match="default"):
         zoo.tune(case, model)
@@ -113,9 +113,9 @@ def test_a_name_twice_is_refused_and_the_first_one_works_on(key):
 @pytest.mark.parametrize("key", vp.METHODS)
 def test_an_instance_level_forward_is_refused_or_acts_all_the_same(key):
     """accelerate and LyCORIS leave a `forward` on the instance, which would shadow the binding."""
-    case = zoo.Case(key, "vit")
+    case = zoo.home(key)
     plain, _ = zoo.tune(case)
-    model = zoo.plain("vit")
+    model = zoo.plain(case.backbone)
     for module in model.modules():
         if not list(module.children()):
             module.forward = module.forward
@@ -126,7 +126,8 @@ def test_an_instance_level_forward_is_refused_or_acts_all_the_same(key):
         assert "forward" in str(error)
         zoo.assert_same(before, zoo.snapshot(model))
     else:
-        assert torch.equal(zoo.see(plain, zoo.inputs("vit")), zoo.see(model, zoo.inputs("vit")))
+        x = zoo.inputs(case.backbone)
+        assert torch.equal(zoo.see(plain, x), zoo.see(model, x))
 
 
 def test_targets_that_match_nothing_are_named():

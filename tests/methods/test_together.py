@@ -83,6 +83,7 @@ def test_scale_of_a_train_tensor_is_left_alone(case):
         pytest.skip("no head, or no scale")
     model, tuner = zoo.tune(case)
     head = model.get_submodule(vp.sites.Backbone(model).heads()[0])
+    head = head[0] if isinstance(head, torch.nn.Sequential) else head
     before = head.weight.clone()
     tuner.scale = 0.25
     assert torch.equal(before, head.weight) and head.weight.requires_grad

@@ -69,6 +69,17 @@ def _clip() -> nn.Module:
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 _SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}
 
+def _points() -> nn.Module:
+    from visionpeft.models.point_transformer import create
+
+    model = create("point_mae", CLASSES, groups=8, group_size=4, width=24, depth=2, heads=2, encoder=24, hidden=(4, 8),
+                   head="plain", head_width=8, drop_path=0.0)  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: _timm("vit_tiny_patch16_224", **_VIT),
     "dinov2": lambda: _timm("vit_small_patch14_reg4_dinov2", **_VIT),
@@ -82,7 +93,11 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "efficientnet": _efficientnet,
     "encoder": Encoder,
     "clip": _clip,
+    "points": _points,
 }
+
+# Methods for point clouds only.
+POINTS = ("pointgst", "idpt", "dapt", "ppt")
 
 # What each offers. `test_refusals` holds this against `vp.inspect`.
 _TOKENS = {"linear", "norm", "conv", "attention", "mlp", "block", "head"}
@@ -99,10 +114,12 @@ OFFERS: dict[str, set[str]] = {
     "efficientnet": {"conv", "norm", "head"},
     "encoder": {"linear", "norm", "head"},
     "clip": _TOKENS - {"head", "block"} | {"embed"},
+    "points": _TOKENS | {"stage"},
 }
 
 # One of each inner tuple is needed. Others need one of their `kinds`; methods without kinds act on any tensor.
 NEEDS: dict[str, tuple[set[str], ...]] = {
+    **dict.fromkeys(POINTS, ({"stage"},)),
     "ln_tuning": ({"norm"},),
     "linear": ({"head"},),
     "adaptformer": ({"mlp"},),
@@ -119,6 +136,7 @@ NEEDS: dict[str, tuple[set[str], ...]] = {
 
 # Methods that act in the same way as others run on a plain ViT and on those where they act in yet another way.
 ONLY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(POINTS, ("points",)),
     "fact_tt": ("vit", "swinv2", "encoder"),
     "fact_tk": ("vit", "convnext"),
     "convpass": ("vit", "dinov2", "clip"),
@@ -135,13 +153,19 @@ ONLY: dict[str, tuple[str, ...]] = {
     "binary_lora": ("vit", "encoder"),
     "difffit": ("vit", "swinv2", "resnet", "clip"),
     "krona": ("vit", "swinv2", "clip"),
+    "orthogonal": ("vit", "clip"),
+    "svfit": ("vit",),
+    "shira": ("vit", "clip"),
 }
 
 # Hyper-parameters that fit the tiny widths; whatever is not named here keeps its default.
 SMALL: dict[str, Any] = {"rank": 2, "hidden": 4, "tokens": 3, "dropout": 0.0, "a1": 2, "a2": 4, "experts": 1}
 
+# A LayerNorm of two numbers is a sign, which no precision is enough for.
+OWN: dict[str, dict[str, Any]] = {"pointgst": {"rank": 6}}
+
 # Methods that change the number of tokens or whole blocks act wholly or not at all.
-WHOLE = {"vpt", "prefix", "rein", "noah"}
+WHOLE = {*POINTS[1:], "vpt", "prefix", "rein", "noah"}
 
 # torch's attention is replaced by another one of the same formula: equal to tolerance, not to the bit.
 INEXACT = ("encoder", "clip")
@@ -177,6 +201,11 @@ CASES = [case for case in ALL if acts(*case) and case.backbone in ONLY.get(case.
 REFUSED = [case for case in ALL if not acts(*case)]
 
 
+def home(method: str) -> Case:
+    """The method on a backbone where it acts."""
+    return Case(method, "points" if method in POINTS else "vit")
+
+
 def on(*backbones: str) -> list[Case]:
     return [case for case in CASES if case.backbone in backbones]
 
@@ -209,6 +238,8 @@ def inputs(backbone: str, dtype: torch.dtype = torch.float32, batch: int = 2) ->
     generator = torch.Generator().manual_seed(3)
     if backbone == "encoder":
         return (torch.randn(batch, 6, 16, generator=generator).to(dtype),)
+    if backbone == "points":
+        return (torch.randn(batch, 24, 3, generator=generator).to(dtype),)
     image = torch.randn(batch, 3, 32, 32, generator=generator).to(dtype)
     if backbone == "clip":
         return image, torch.randint(1, 20, (batch, 8), generator=generator)
@@ -234,7 +265,7 @@ def loss(out: Tensor) -> Tensor:
 def method(key: str, **fields: Any) -> Any:
     cls = vp.METHODS[key]
     own = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{k: v for k, v in SMALL.items() if k in own} | fields)
+    return cls(**{k: v for k, v in SMALL.items() if k in own} | OWN.get(key, {}) | fields)
 
 
 def tune(case: Case, model: nn.Module | None = None, *, name: str = "default", train: bool = True,

@@ -86,11 +86,12 @@ class DynamicPrompt(Adapter):
 
     def arguments(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
         positions, centres = rest
-        prompt = self.prompt(x[:, -centres.shape[1] :])
+        at = -centres.shape[1]
+        prompt = self.prompt(x[:, at:])
         if positions is not None:
             own = self.position.to(positions.dtype).expand(len(x), -1, -1)
-            positions = torch.cat([positions[:, :1], own, positions[:, 1:]], 1)
-        return torch.cat([x[:, :1], prompt, x[:, 1:]], 1), positions, centres
+            positions = torch.cat([positions[:, :at], own, positions[:, at:]], 1)
+        return torch.cat([x[:, :at], prompt, x[:, at:]], 1), positions, centres
 
     def prompt(self, f: Tensor) -> Tensor:
         """Patch tokens (B, G, D) -> prompt (B, 1, D)."""

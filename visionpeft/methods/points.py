@@ -64,10 +64,10 @@ class WiderHead(PointMethod):
     """A method whose classifier takes three features: two as before and one more.
 
     The first weight of the classifier keeps its shape; the columns of the new feature stand beside it, as an adapter.
+    In the papers the classifier learns: `train="head"`.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"block", "branch", "stage", "linear", "norm"})
-    trains: ClassVar[str | None] = "head"
 
     def head(self, backbone: Backbone) -> list[Site]:
         """The pooling and the classifier's first Linear.
