@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,14 @@ class Config:
     """openai, simple, coop:SET, a JSON file, or one template such as "a photo of a {}."."""
     adapter: str | None = None
     """Adapter file to compare with the model alone."""
+    tune: str | None = None
+    """Tune an adapter on the first set's training images instead, by a method as in `visionpeft few-shot`."""
+    shots: int = 16
+    """Images per class to tune on."""
+    iterations: int | None = None
+    """Updates to tune for; 500 a shot."""
+    lr: float | None = None
+    """Learning rate to tune with."""
     points: int = 11
     """Points of the curve over the adapter's scale from 0 to 1; 0 leaves it out."""
     batch_size: int = 64
@@ -97,6 +105,8 @@ def run(config: Config, watch: Watch | None = None) -> Result:
     pairs = {source: read_pairs(source) for source in config.captions}
     if not (sets or pairs):
         raise ClipError("nothing to evaluate: give data or captions")
+    if config.tune is not None:
+        config = replace(config, tune=None, adapter=_tuned(config, watch))
     clip = build(config.model, config.checkpoint)
     evaluator = Evaluator(clip, sets, pairs, templates, FeatureCache(config.cache), config.batch_size)
     result = Result(config.model, len(templates), evaluator.sizes(), folder=config.out)
@@ -110,18 +120,40 @@ def run(config: Config, watch: Watch | None = None) -> Result:
     return result
 
 
+def _tuned(config: Config, watch: Watch) -> str:
+    """Tune an adapter on the first set, and give its file."""
+    from visionpeft.pipelines import few_shot
+
+    first = config.data[0] if config.data else ""
+    if config.adapter is not None or config.tune in few_shot.HEADS or not first or first.startswith("folder-all:"):
+        raise ClipError(
+            f"tune={config.tune!r} needs data with training images (not {first!r}; write folder:PATH), a method that "
+            "gives an adapter, and no adapter= besides"
+        )
+    watch(f"tuning on {first}")
+    out = str(Path(config.out) / "tuning")
+    few_shot.run(few_shot.Config(
+        config.model, config.checkpoint, first, config.root, str(config.tune), config.shots,
+        iterations=config.iterations, lr=config.lr, out=out))  # fmt: skip
+    return str(Path(out) / "adapter.safetensors")
+
+
 def _with_adapter(config: Config, model: Any, evaluator: Evaluator, result: Result, watch: Watch) -> None:
     assert config.adapter is not None
     tuner = vp.load(model, config.adapter, name="adapter")
     result.adapter, result.parameters = tuner.method.summary(), tuner.num_parameters
     watch(f"with {result.adapter}")
     result.after = evaluator.scores()
-    result.curve = curve(tuner, evaluator, config.points, watch)
+    result.curve = curve(tuner, evaluator, config.points, {0.0: result.before, 1.0: result.after}, watch)
     tuner.detach()
 
 
-def curve(tuner: vp.Tuner, evaluator: Evaluator, points: int, watch: Watch | None = None) -> list[dict[str, Any]]:
+def curve(tuner: vp.Tuner, evaluator: Evaluator, points: int, known: dict[float, dict[str, dict[str, float]]],
+          watch: Watch | None = None) -> list[dict[str, Any]]:  # fmt: skip
     """Accuracy of every set at `points` scales from 0 to 1; the adapter's scale is as before afterwards.
+
+    Args:
+        known: scores at scales where they are known: at 0 the model is as without the adapter.
 
     Raises:
         ClipError: one point, which is no curve.
@@ -133,10 +165,11 @@ def curve(tuner: vp.Tuner, evaluator: Evaluator, points: int, watch: Watch | Non
     before, found = tuner.scale, []
     try:
         for scale in torch.linspace(0, 1, points, dtype=torch.float64).tolist():
-            if watch is not None:
-                watch(f"scale {scale:.2f}")
-            tuner.scale = scale
-            scores = evaluator.scores()
+            if (scores := known.get(scale)) is None:
+                if watch is not None:
+                    watch(f"scale {scale:.2f}")
+                tuner.scale = scale
+                scores = evaluator.scores()
             found.append({"scale": scale, "scores": {name: main(values) for name, values in scores.items()}})
     finally:
         tuner.scale = before

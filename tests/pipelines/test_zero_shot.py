@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -120,7 +121,48 @@ def test_an_adapter_of_the_text_tower_encodes_each_image_once(folder, monkeypatc
     assert len(calls) == 1
     run(Config("tiny", data=(spec(folder),), adapter=adapter(folder / "b.safetensors", "image"), points=3,
                templates="{}", out=str(folder / "out2")))  # fmt: skip
-    assert len(calls) == 1 + 4  # alone, with the adapter (as at scale 1), 0, 0.5
+    assert len(calls) == 1 + 3  # alone (as at scale 0), with the adapter (as at 1), 0.5
+
+
+def test_at_scale_zero_the_model_is_as_without_the_adapter(folder):
+    """What lets the curve begin with the scores that are known."""
+    evaluator = zero_shot.Evaluator(
+        Clip(tiny(), tokenizer, PREPARE, "tiny"), [load_images(spec(folder))], {}, ["{}"], zero_shot.FeatureCache()
+    )
+    before = evaluator.scores()
+    tuner = vp.load(evaluator.clip.model, adapter(folder / "a.safetensors"))
+    after = evaluator.scores()
+    found = zero_shot.curve(tuner, evaluator, 2, {})
+    assert [point["scores"] for point in found] == [
+        {name: scores["top1"] for name, scores in end.items()} for end in (before, after)
+    ]
+    assert tuner.scale == 1
+
+
+def test_tuning_first_gives_the_adapter_that_is_compared(folder, monkeypatch):
+    from visionpeft.pipelines import few_shot
+
+    monkeypatch.setattr(few_shot, "build", zero_shot.build)
+    config = Config("tiny", data=("digits?train=200&test=50", spec(folder)), tune="lora:rank=1,tower=image", shots=2,
+                    iterations=3, points=2, templates="{}", out=str(folder / "out"))  # fmt: skip
+    result = run(config)
+    assert result.adapter.startswith("LoRA(") and (folder / "out" / "tuning" / "adapter.safetensors").exists()
+    again = run(Config("tiny", data=config.data, adapter=str(folder / "out" / "tuning" / "adapter.safetensors"),
+                       points=2, templates="{}", out=str(folder / "again")))  # fmt: skip
+    assert result.after == again.after != result.before
+    for bad in (dict(data=(spec(folder),)), dict(tune="gda"), dict(adapter="a.safetensors"), dict(data=())):
+        with pytest.raises(ClipError, match="needs data with training images|nothing to evaluate"):
+            run(dataclasses.replace(config, **bad))
+
+
+def test_without_arguments_the_nano_clip_is_evaluated_and_tuned(monkeypatch):
+    seen = []
+    result = zero_shot.Result("nano_clip", 80)
+    monkeypatch.setattr(zero_shot, "run", lambda config, watch: seen.append(config) or result)
+    assert cli.main(["zero-shot"]) == 0
+    (config,) = seen
+    assert config.model == "nano_clip" and config.tune == "clip_lora" and config.shots == 16
+    assert config.data[0].startswith("bundled")
 
 
 def test_retrieval_on_captioned_images(folder):

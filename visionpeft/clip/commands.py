@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from visionpeft.pipelines.contrastive import Config as Contrast
@@ -9,6 +10,10 @@ from visionpeft.pipelines.few_shot import Config as FewShot
 from visionpeft.pipelines.zero_shot import Config as ZeroShot
 
 _ZERO_SHOT, _FEW_SHOT, _CONTRAST = ZeroShot(), FewShot(), Contrast()
+
+# Short enough for three minutes on two cores: fewer updates than the paper's at a higher rate.
+DEMO = replace(_ZERO_SHOT, data=("bundled?test=1000", "digits?test=500"), tune="clip_lora", iterations=120, lr=2e-3,
+               points=5)  # fmt: skip
 
 
 def register(app: Any) -> None:
@@ -21,13 +26,16 @@ def register(app: Any) -> None:
 def _zero_shot(config: ZeroShot = _ZERO_SHOT) -> int:
     """Evaluate a CLIP model without training, alone and with an adapter.
 
-    With an adapter: scores before and after on every set, and accuracy over the adapter's scale from 0 to 1.
+    With an adapter: scores before and after on every set, and accuracy over the adapter's scale from 0 to 1. With no
+    arguments: the bundled nano CLIP on Fashion-MNIST, whose classes it never saw, then tuned there by CLIP-LoRA on 16
+    images per class.
     """
     from visionpeft.pipelines.zero_shot import run
     from visionpeft.report.console import _console, _table
     from visionpeft.report.zero_shot import curve_rows, rows
 
     console = _console()
+    config = DEMO if config == _ZERO_SHOT else config
     result = run(config, lambda line: console.print(line, markup=False, style="dim"))
     head, body = rows(result)
     console.print(_table(head, body, f"{result.model}, {result.templates} templates"))
