@@ -196,10 +196,6 @@ class Method:
         """Tensors of the model that learn in place, as (path of the module, name): BitFit, LN-tuning, full."""
         return []
 
-    def starts(self, backbone: Backbone) -> dict[tuple[str, str], Tensor]:
-        """What tensors that learn in place begin with, where it is not what the model has: a wider classifier."""
-        return {}
-
     def shares(self, key: tuple[str, str], backbone: Backbone) -> str | None:
         """Name of the group of tensors that learn as one copy with this one, None for those that are one already."""
         return None

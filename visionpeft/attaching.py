@@ -60,7 +60,7 @@ def attach(
     kept = dataclasses.replace(method, targets=None) if callable(method.targets) else method  # lambdas do not pickle
     tuner = Tuner(backbone, kept, name, sites)
     learnt = method.learns(sites, backbone)
-    return bind(tuner, method.adapters(sites, backbone), learnt, trained, probe, method.starts(backbone))
+    return bind(tuner, method.adapters(sites, backbone), learnt, trained, probe)
 
 
 def bind(tuner: Tuner, adapters: dict[Site, Adapter], learnt: Iterable[tuple[str, str]],
