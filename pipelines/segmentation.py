@@ -101,7 +101,10 @@ class Cell(BaseCell):
 
     @property
     def windows(self) -> Windows:
-        return Windows(self.config.windows, self.config.overlap)
+        side = self.config.windows
+        if side is None and self.config.data.startswith("bundled"):
+            side = self.spec.size[0]
+        return Windows(side or None, self.config.overlap)
 
     def _images(self, splits: data.Splits, part: str, side: int | None, augment: str | None = None) -> Any:
         return getattr(splits, part).with_transform(together(self.spec, side, augment))
@@ -119,8 +122,7 @@ class Cell(BaseCell):
     def criterion(self, part: str) -> Criterion:
         weights = None
         if self.recipe.class_weights:
-            images = getattr(self.splits, part).with_transform(None)
-            weights = weights_of_counts(pixel_counts(images, len(self.splits.classes)))
+            weights = weights_of_counts(pixel_counts(getattr(self.splits, part), len(self.splits.classes)))
         return DenseLoss(self.recipe.dice, weights, self.recipe.label_smoothing)
 
     def _score(self, splits: data.Splits, part: str, module: nn.Module | None = None,
@@ -159,7 +161,7 @@ class Cell(BaseCell):
 
     def metadata(self) -> dict[str, Any]:
         config = self.config
-        return {"decoder": config.decoder, "channels": config.channels, "windows": config.windows,
+        return {"decoder": config.decoder, "channels": config.channels, "windows": self.windows.side,
                 "overlap": config.overlap}
 
 

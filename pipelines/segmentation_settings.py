@@ -34,7 +34,8 @@ class Settings(Common):
     ignore_index: int | None = None
     """A number in the masks of a folder that means no class."""
     windows: int | None = None
-    """Side of the windows in which images are evaluated; None takes them whole."""
+    """Side of the windows in which images are evaluated; 0 takes them whole. None is 0, but for the bundled images as
+    large as the crops."""
     overlap: float = 0.5
     """Least share of a window that the next one covers too."""
     shift: tuple[str, ...] = ()
@@ -50,5 +51,5 @@ class Config(Settings, OneCell):
 class Sweep(Settings, ManyCells):
     """Cells over methods and seeds."""
 
-    method: tuple[str, ...] = ("raw", "linear", "ssf", "lora", "adaptformer", "full")
+    method: tuple[str, ...] = ("raw", "linear", "ssf", "lora:targets=linear", "adaptformer", "full")
     """Methods, each with its settings, such as ssf "lora:rank=8,targets=query value" linear full; also raw, scratch."""
