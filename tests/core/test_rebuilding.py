@@ -57,6 +57,7 @@ VIEWS = {
     "chunk": lambda y: y.chunk(2, -1)[1],
 } | (MOVED := {
     "copied": lambda y: y.transpose(0, -1).contiguous(),
+    "cycled": lambda y: y.permute(-1, *range(y.dim() - 1)).contiguous(),
     "rolled": lambda y: torch.roll(y, (1, -2), (0, -1)).view(-1, y.shape[-1]),
     "rolled flat": lambda y: torch.roll(y, 3),
     "windows": lambda y: y.unflatten(0, (1, -1)).transpose(0, 2).contiguous().flatten(0, 1),
@@ -96,7 +97,7 @@ def test_the_usual_cases_are_rebuilt_from_what_the_graph_keeps(source, dtype):
 @pytest.mark.parametrize("move", MOVED)
 @pytest.mark.parametrize("source", ["layer norm", "gelu", "batched product"])
 def test_what_was_copied_and_moved_is_rebuilt(source, move):
-    leaf = torch.randn(4, 4, 4, requires_grad=True)
+    leaf = torch.randn(3, 4, 6, requires_grad=True)
     x = VIEWS[move](SOURCES[source](leaf + 0))
     found = recipe(x)
     assert (found is None) == (move == "padded")  # the graph does not tell by what
