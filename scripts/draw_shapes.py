@@ -16,7 +16,7 @@ import numpy as np
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SIDE = 64
-PARTS = {"train": 160, "test": 80, "shift": 40}
+PARTS = {"train": 240, "test": 80, "shift": 40}
 Field = np.ndarray  # float [SIDE, SIDE]
 
 

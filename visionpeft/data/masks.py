@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from visionpeft.data.images import read_image
 from visionpeft.data.sets import ImageSet
@@ -177,11 +176,15 @@ class MaskedSet(ImageSet):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         stored = self._stored(index)
-        image, mask = self.source.image(stored), self.source.mask(stored)  # type: ignore[attr-defined]
+        image, mask = self.source.image(stored), self.mask(index)
         if mask.shape != (image.height, image.width):
             raise DataError(f"{self.source.path(stored)}: the image is {image.width}x{image.height} but its mask "
                             f"{mask.shape[1]}x{mask.shape[0]}; make both of one size")
         return (image, mask) if self.transform is None else self.transform(image, mask)  # type: ignore[call-arg]
+
+    def mask(self, index: int) -> np.ndarray:
+        """uint8 [H, W] as stored, without the image."""
+        return self.source.mask(self._stored(index))  # type: ignore[attr-defined]
 
 
 def masked_set(source: MaskSource) -> MaskedSet:
@@ -189,9 +192,9 @@ def masked_set(source: MaskSource) -> MaskedSet:
     return MaskedSet(source, np.zeros(len(source), np.int64))
 
 
-def pixel_counts(images: Dataset[Any], num_classes: int) -> np.ndarray:
+def pixel_counts(images: MaskedSet, num_classes: int) -> np.ndarray:
     """int64 [num_classes]: how many pixels of each class the masks of a set hold, ignored ones apart."""
     counts = np.zeros(IGNORE + 1, np.int64)
-    for index in range(len(images)):  # type: ignore[arg-type]
-        counts += np.bincount(images[index][1].ravel(), minlength=IGNORE + 1)
+    for index in range(len(images)):
+        counts += np.bincount(images.mask(index).ravel(), minlength=IGNORE + 1)
     return counts[:num_classes]
