@@ -44,6 +44,7 @@ class Tuner:
         self.active = True
         self.merged: list[Any] | None = None
         self.bindings: list[tuple[nn.Module, tuple[type[binding.Mixin], ...]]] = []
+        self.written: Any = None  # what stood in the weights where `shira.switch` put this adapter
         self._scale = 1.0
 
     @property
@@ -137,6 +138,7 @@ class Tuner:
 
     def check_strength(self, value: float) -> None:
         """Refuse strengths that mean nothing here."""
+        self._check_not_written()
         if not math.isfinite(value):
             raise VisionPEFTError(f"{self.name!r}: a scale must be a finite number, not {value}")
         acts = ("arguments", "before", "after")
@@ -176,6 +178,7 @@ class Tuner:
         Raises:
             VisionPEFTError: each sample has its own adapter at present.
         """
+        self._check_not_written()
         if any(held.mixed for held in self._holders()):
             raise VisionPEFTError("each sample has its own adapter: use None for a sample that should have none")
         if not self.active:
@@ -210,6 +213,7 @@ class Tuner:
 
     def check_wrappers(self) -> None:
         """Refuse to undress modules whose adapted forward somebody has wrapped since (accelerate, LyCORIS)."""
+        self._check_not_written()
         for module, mixins in self.bindings:
             if binding.changed(module):
                 raise VisionPEFTError(
@@ -221,6 +225,10 @@ class Tuner:
                     f"a {type(module).__name__} got an instance-level `forward` after {self.name!r} came, which "
                     "holds the adapted one: remove that wrapper first"
                 )
+
+    def _check_not_written(self) -> None:
+        if self.written is not None:
+            raise VisionPEFTError(f"{self.name!r} was put into the weights by shira.switch: take it out first")
 
     def merge(self) -> None:
         """Write the adapter into the weights. The model then runs as fast as without it and emits no adapter keys.

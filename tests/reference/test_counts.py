@@ -49,6 +49,9 @@ BASE = {  # ViT-B/16, without head
     "houlsby 8": (M.Houlsby(hidden=8), 313_536),
     "bitfit": (M.BitFit(), 102_912),
     "difffit": (M.DiffFit(), 102_912 + 25 * 768 + 12 * 2 * 768),  # biases, norm weights, gammas
+    "orthogonal 4": (M.OrthogonalAdaptation(rank=4, targets="query key value attn_out"), 12 * 4 * 4 * 768),
+    "svfit": (M.SVFit(), 12 * 4 * 768),
+    "shira 8": (M.SHiRA(), 12 * 4 * 8 * 2 * 768),
     "krona 4 64": (M.KronA(), 122_880),
     "ln": (M.LNTuning(), 38_400),
     "vpt shallow 10": (M.VPT(tokens=10, deep=False), 7_680),

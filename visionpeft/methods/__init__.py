@@ -17,13 +17,17 @@ from visionpeft.methods.lora import LoRA
 from visionpeft.methods.mosa import MoSA
 from visionpeft.methods.noah import NOAH
 from visionpeft.methods.parallel import ParallelAdapter
+from visionpeft.methods.orthogonal import OrthogonalAdaptation
+from visionpeft.methods.point_peft import PointPEFT
 from visionpeft.methods.pointgst import PointGST
 from visionpeft.methods.ppt import PPT
 from visionpeft.methods.prefix import PrefixTuning
 from visionpeft.methods.rein import Rein
 from visionpeft.methods.repadapter import RepAdapter
 from visionpeft.methods.spt import SPT
+from visionpeft.methods.shira import SHiRA
 from visionpeft.methods.ssf import SSF
+from visionpeft.methods.svfit import SVFit
 from visionpeft.methods.vpt import VPT
 
 METHODS: dict[str, type[Method]] = {
@@ -55,6 +59,9 @@ METHODS: dict[str, type[Method]] = {
         FullFineTuning,
         KronA,
         DiffFit,
+        OrthogonalAdaptation,
+        SVFit,
+        SHiRA,
         PointGST,
         IDPT,
         DAPT,

@@ -78,7 +78,8 @@ class LoRA(Method):
 
     def build(self, site: Site, module: nn.Module) -> Adapter:
         rank = (self.ranks or {}).get(site.path, self.rank)
-        return LoRAAdapter(replace(self, rank=rank), site.shape, module if _plain_conv(module) else None, **factory(module))
+        conv = module if _plain_conv(module) else None
+        return LoRAAdapter(replace(self, rank=rank), site.shape, conv, **factory(module))
 
 
 def _plain_conv(module: nn.Module) -> bool:
