@@ -57,7 +57,7 @@ VIEWS = {
     "chunk": lambda y: y.chunk(2, -1)[1],
 } | (MOVED := {
     "copied": lambda y: y.transpose(0, -1).contiguous(),
-    "cycled": lambda y: y.permute(-1, *range(y.dim() - 1)).contiguous(),
+    "cycled": lambda y: y.unflatten(-1, (1, -1)).permute(-1, *range(y.dim())).contiguous(),
     "rolled": lambda y: torch.roll(y, (1, -2), (0, -1)).view(-1, y.shape[-1]),
     "rolled flat": lambda y: torch.roll(y, 3),
     "windows": lambda y: y.unflatten(0, (1, -1)).transpose(0, 2).contiguous().flatten(0, 1),
