@@ -217,3 +217,15 @@ def test_linear_adapter():
     y = u @ linear.weight.T + linear.bias
     h = nn.functional.gelu(y @ t["down_weight"].T + t["down_bias"])
     assert_equal(linear(u).detach(), (y + h @ t["up_weight"].T + t["up_bias"]).detach())
+
+
+@pytest.mark.parametrize("method", [vp.LoRA(rank=2), M.FacTTT(rank=2), M.Houlsby(hidden=4), None], ids=str)
+def test_the_total_of_a_plan_is_what_learns(method):
+    """Structured, shared, sparse, whole vectors and class token."""
+    model, scores = scored()
+    ranking = spt.Ranking(vp.sites.Backbone(model), scores, method, most=2000)
+    for tau in (100, 700, 2000):
+        total, plan = ranking.plan(tau, alpha=10, beta=5)
+        tuner = vp.attach(model, plan, train="head")
+        assert tuner.num_parameters == total
+        tuner.detach()

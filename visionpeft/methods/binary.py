@@ -111,8 +111,8 @@ class BinaryLoRA(Binary):
 class Bits(Forgiving):
     """weight (out, in), of which the signs and the moments are used.
 
-    Buffer offset (2, 2): what is added to mean and deviation, each as a sum of two numbers. It is zero, and after
-    loading a file the rounding error of weights that were made to have its moments.
+    Buffer offset (2): what is added to mean and deviation. It is zero, and after loading a file the rounding error of
+    weights that were made to have its moments.
     """
 
     offset: Tensor
@@ -120,13 +120,12 @@ class Bits(Forgiving):
     def __init__(self, out: int, width: int, **kw: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out, width, **kw))
-        self.register_buffer("offset", torch.zeros(2, 2, **kw))
+        self.register_buffer("offset", torch.zeros(2, **kw))
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation (unbiased); summed in double precision where the device has it."""
         wide = self.weight if self.weight.device.type == "mps" else self.weight.double()
-        offset = self.offset.to(wide.dtype).sum(1)
-        mean, deviation = wide.mean() + offset[0], wide.std() + offset[1]
+        mean, deviation = wide.mean() + self.offset[0], wide.std() + self.offset[1]
         return mean.to(self.weight.dtype), deviation.to(self.weight.dtype)
 
     def forward(self) -> Tensor:
@@ -151,11 +150,8 @@ class Bits(Forgiving):
         spread = signs.std().clamp_min(1e-30)
         mean, deviation = moments.to(self.weight.device, torch.float64)
         self.weight.copy_(mean + deviation * (signs - signs.mean()) / spread)
-        self.offset.zero_()
         wide = self.weight.double()
-        rest = torch.stack((mean - wide.mean(), deviation - wide.std()))
-        self.offset[:, 0] = rest
-        self.offset[:, 1] = rest - self.offset[:, 0].double()
+        self.offset.copy_(torch.stack((mean - wide.mean(), deviation - wide.std())))
 
 
 class Packed(Adapter):
