@@ -142,7 +142,7 @@ def place(host: nn.Module, name: str) -> Place:
 
 
 def _raw_places(m: Any) -> dict[str, Place]:
-    found = {}
+    found: dict[str, Place] = {}
     for tensor, role in backbones.raw(m).items():
         if isinstance(role, tuple):
             size = m._parameters[tensor].shape[0] // len(role)

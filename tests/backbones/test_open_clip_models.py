@@ -106,3 +106,11 @@ def test_parameters_of_ln_tuning(name, image, both):
     tuner.detach()
     if image is not None:
         assert vp.attach(model, vp.methods.LNTuning(tower="image")).num_parameters == image
+
+
+def test_parameters_of_clipfit():
+    """Biases of the text tower's last MLP layers and the image tower's norms: 6,144 + 39,936 = 46,080."""
+    model = build("ViT-B-16")
+    biases = vp.attach(model, vp.methods.BitFit(tower="text", within="*.mlp.c_proj"), name="biases")
+    norms = vp.attach(model, vp.methods.LNTuning(tower="image"), name="norms")
+    assert (biases.num_parameters, norms.num_parameters) == (6_144, 39_936)

@@ -76,8 +76,10 @@ def in_pieces(encode: Callable[..., Sequence[Tensor]], pieces: Sequence[tuple[Te
     with torch.enable_grad():
         value = loss(*whole)
         value.backward()
-    grads = [t.grad.split([len(part) for part in parts])
-             for t, parts in zip(whole, zip(*kept, strict=True), strict=True)]  # type: ignore[union-attr]  # fmt: skip
+    grads = []
+    for leaf, parts in zip(whole, zip(*kept, strict=True), strict=True):
+        assert leaf.grad is not None
+        grads.append(leaf.grad.split([len(part) for part in parts]))
     for i, piece in enumerate(pieces):
         _set_random_state(states[i])
         learnt = [(f, g[i]) for f, g in zip(encode(*piece), grads, strict=True) if f.requires_grad]

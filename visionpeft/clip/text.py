@@ -94,7 +94,8 @@ def _end(root: Any, ids: Tensor) -> Tensor:
     pool = getattr(root, "text_pool_type", getattr(root, "pool_type", None))
     if pool == "argmax":
         return ids.argmax(-1)
-    return (ids == getattr(root, "text_eos_id", getattr(root, "eos_id", None))).int().argmax(-1)
+    eos = root.text_eos_id if hasattr(root, "text_eos_id") else root.eos_id
+    return ids.eq(eos).int().argmax(-1)
 
 
 def class_prompts(classes: Sequence[str], templates: Sequence[Template]) -> list[str]:
