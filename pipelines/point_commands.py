@@ -1,4 +1,4 @@
-"""Commands for point clouds, which `visionpeft.cli` takes in: visionpeft points [train] | predict | convert | pretrain."""
+"""Commands for point clouds, which `visionpeft.cli` takes in: points train | predict | convert | pretrain."""
 
 from __future__ import annotations
 

@@ -329,16 +329,16 @@ def _regression(strength: float, features: np.ndarray, labels: np.ndarray) -> An
     linear_model = require("sklearn.linear_model", extra="train")
     pipeline = require("sklearn.pipeline", extra="train")
     scale = require("sklearn.preprocessing", extra="train").StandardScaler()
-    return pipeline.make_pipeline(scale, linear_model.LogisticRegression(C=strength, max_iter=500)).fit(features, labels)
+    regression = linear_model.LogisticRegression(C=strength, max_iter=500)
+    return pipeline.make_pipeline(scale, regression).fit(features, labels)
 
 
 def _summary(results: Sequence[Result]) -> tuple[str, list[list[str]]]:
     """Mean accuracy over classes, and the voted one, which is another protocol."""
     rows = [["method", "seed", "mean class accuracy %", "voted accuracy %"]]
     for result in results:
-        voted = result.metrics.get("voted_accuracy")
-        mean = result.metrics.get("test_mean_per_class", float("nan"))
-        rows.append([result.method, str(result.seed), f"{100 * mean:.2f}", "-" if voted is None else f"{100 * voted:.2f}"])
+        scores = [result.metrics.get(key) for key in ("test_mean_per_class", "voted_accuracy")]
+        rows.append([result.method, str(result.seed), *("-" if v is None else f"{100 * v:.2f}" for v in scores)])
     return "Mean over classes, and voting", rows
 
 

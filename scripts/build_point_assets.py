@@ -24,6 +24,7 @@ def probe(checkpoint: str | None, seed: int = 0) -> float:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
     from visionpeft.pipelines.points import NANO, CloudBackbone, Config, build, load_splits, plain_feed
 
     config = Config(model=NANO)

@@ -33,7 +33,8 @@ def test_every_kind_of_point_file_gives_the_same_points(tmp_path):
              write(tmp_path / "c.pts", "7\n" + rows(POINTS))]  # fmt: skip
     np.save(tmp_path / "d.npy", POINTS)
     np.savez(tmp_path / "e.npz", other=np.zeros(3), points=POINTS)
-    header = "ply\nformat ascii 1.0\nelement vertex 7\n" + "".join(f"property float {c}\n" for c in "xyz") + "end_header\n"
+    header = "ply\nformat ascii 1.0\nelement vertex 7\n"
+    header += "".join(f"property float {c}\n" for c in "xyz") + "end_header\n"
     paths += [tmp_path / "d.npy", tmp_path / "e.npz", write(tmp_path / "f.ply", header + rows(POINTS))]
     for path in paths:
         np.testing.assert_allclose(read_cloud(path), POINTS, rtol=1e-6)
@@ -153,7 +154,8 @@ def test_npz_by_flag_leaves_out_what_has_no_label(tmp_path):
 
 
 def few_shot(ways: int = 2) -> dict:
-    return {part: [(np.hstack([POINTS + i, POINTS]), i % ways, f"key{i}") for i in range(4)] for part in ("train", "test")}
+    clouds = [(np.hstack([POINTS + i, POINTS]), i % ways, f"key{i}") for i in range(4)]
+    return {"train": clouds, "test": clouds}
 
 
 @pytest.mark.parametrize("protocol", range(6))

@@ -181,12 +181,14 @@ def alive(model: nn.Module) -> int:
     return live_bytes(lambda: model(x))
 
 
-@pytest.mark.parametrize("key", vp.METHODS)
+@pytest.mark.parametrize("key", [key for key in vp.METHODS if key not in zoo.POINTS])
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
 def test_bytes_alive_after_forward(key, checkpointed):
     """Checkpointed, only the blocks' inputs are alive, adapted or not. Without, low-rank adapters keep 5 % more."""
     if not checkpointed and key != "lora":
         pytest.skip("promised of low-rank adapters")
+    if zoo.home(key).backbone == "clip":
+        pytest.skip("acts on text")
     model = wide_vit().train().requires_grad_(False)
     model.set_grad_checkpointing(checkpointed)
     frozen = alive(model)

@@ -13,7 +13,8 @@ from visionpeft.models.point_transformer import create
 
 TINY = {"groups": 8, "group_size": 4, "width": 12, "depth": 2, "heads": 2, "encoder": 12, "hidden": (4, 8),
         "head_width": 8, "drop_path": 0.0}  # fmt: skip
-FIELDS = {"idpt": {"neighbours": 3}, "dapt": {"hidden": 4}, "ppt": {"tokens": 5, "hidden": 4}}
+FIELDS = {"point_peft": {"neighbours": 3, "tokens": 2, "hidden": 4},
+          "idpt": {"neighbours": 3}, "dapt": {"hidden": 4}, "ppt": {"tokens": 5, "hidden": 4}}
 
 
 def points(batch: int = 3, dtype=torch.float64) -> torch.Tensor:
@@ -173,6 +174,51 @@ def test_ppt_by_its_description():
     close(model, hand.head(tuner, x[:, 0], x[:, 9:].mean(1), x[:, 1:9].mean(1)))
 
 
+def test_point_peft_by_its_description():
+    model, tuner = adapted("point_peft")
+    hand, (shared,) = Hand(model), [a for site, a in tuner.adapters.items() if site.kind == "shared"]
+
+    def bottleneck(a, u):
+        h = u @ a.down_weight.T + a.down_bias
+        return h * torch.sigmoid(1.702 * h) @ a.up_weight.T + a.up_bias
+
+    def attend(n):
+        q, k, v = (F.layer_norm(n, (12,), shared.norm_weight, shared.norm_bias) @ shared.qkv.T).chunk(3, -1)
+        heads = [(q[..., s] @ k[..., s].T / 18**0.5).softmax(-1) @ v[..., s] for s in torch.arange(18).view(6, 3)]
+        return torch.cat(heads, -1) @ shared.proj_weight.T + shared.proj_bias
+
+    around, centres = point_ops.group(points(), 8, 4)
+    x, pos = hand.start(centres, hand.encode(around))
+    for i, (a, p) in enumerate(zip(places(tuner, "mlp"), places(tuner, "block"), strict=True)):
+        b = f"blocks.blocks.{i}"
+        x = x + pos
+        if i == 0:  # the first half of the blocks
+            x = torch.cat([x[:, :1], p.prompts.expand(3, -1, -1), x[:, 1:]], 1)
+        assert x.shape[1] == 9 + (2 if i == 0 else 0)
+        x = hand.attention(b, x)
+        z = hand.mlp(b, hand.norm(f"{b}.norm2", x))
+        x = x + z + 0.7 * bottleneck(a, z)
+        front, patches = x[:, :-8], []
+        for f, c in zip(x[:, -8:], centres, strict=True):
+            few = point_ops.farthest_points(c[None], 4)[0]
+            v = []
+            for j in few:
+                n = f[(c - c[j]).square().sum(-1).argsort()[:3]]
+                top = (n + attend(n)).max(0).values
+                normed = (top - p.mean) / (p.var + 1e-5).sqrt() * p.norm_weight + p.norm_bias
+                v.append(F.gelu(normed) + 0.3 * f[j])
+            w = 1 / ((c[:, None] - c[few]).square().sum(-1) + 1e-8)
+            patches.append(f + 0.3 * (w / w.sum(1, keepdim=True)) @ torch.stack(v))
+        x = torch.cat([front, torch.stack(patches)], 1)
+        x = x + bottleneck(p, x)
+        x = torch.cat([x[:, :1], x[:, -8:]], 1)
+    x = hand.norm("norm", x)
+    y = torch.cat([x[:, 0], x[:, 1:].max(1).values], -1)
+    for i in (0, 4):
+        y = hand.batchnorm(f"cls_head_finetune.{i + 1}", hand.lin(f"cls_head_finetune.{i}", y)).relu()
+    close(model, hand.lin("cls_head_finetune.8", y))
+
+
 def test_adapters_of_dapt_stand_before_drop_path():
     model, tuner = adapted("dapt")
     block = model.blocks.blocks[1].train()
@@ -218,5 +264,7 @@ def test_every_tensor_learns(key):
 def test_other_models_are_refused(key):
     with pytest.raises(SiteError, match="point transformer"):
         vp.attach(torch.nn.Linear(2, 2), key)
+    if key == "point_peft":
+        return
     with pytest.raises(SiteError, match="one class token"):
         vp.attach(create("pointgpt_s", 5, **TINY), key)

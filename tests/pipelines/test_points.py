@@ -87,7 +87,8 @@ def test_a_sweep_gives_a_row_for_every_method(clouds, weights, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(clouds, weights, tmp_path):
-    plain = run(Config(method="pointgst:rank=4,local=4", **settings(clouds, weights, tmp_path, out=str(tmp_path / "a"))))
+    given = settings(clouds, weights, tmp_path, out=str(tmp_path / "a"))
+    plain = run(Config(method="pointgst:rank=4,local=4", **given))
     config = Config(method="pointgst:rank=4,local=4", checkpoint_seconds=0.0,
                     **settings(clouds, weights, tmp_path, out=str(tmp_path / "b")))  # fmt: skip
 

@@ -27,7 +27,7 @@ def read_cloud(path: str | Path) -> np.ndarray:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix in PICKLES:
-        raise DataError(f"{path} is a pickle, which could run anything: `visionpeft points convert {path}` makes an npz")
+        raise DataError(f"{path} is a pickle, which could run anything: `visionpeft points convert` makes an npz of it")
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: no kind of cloud is known by {suffix!r}; there are {' '.join(SUFFIXES)}")
     reader = _text if suffix in TEXT else _array if suffix in ARRAYS else _off if suffix == ".off" else _mesh

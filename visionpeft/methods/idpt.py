@@ -6,8 +6,8 @@ At the input of the last block a DGCNN reads the G patch tokens f and makes one 
     prompt = max_i LeakyReLU(BN(W' [e1, e2, e3]_i))    put in behind the class token
 
 The prompt has a position that was drawn once and does not learn, as in the official code. The classifier takes class
-token, prompt and maximum over the patches. The DGCNN's BatchNorms learn in training. Not the identity at the start; does
-not merge. 1,330,176 parameters at width 384, besides class token and classifier.
+token, prompt and maximum over the patches. The DGCNN's BatchNorms learn in training. Not the identity at the start;
+does not merge. 1,330,176 parameters at width 384, besides class token and classifier.
 """
 
 from __future__ import annotations

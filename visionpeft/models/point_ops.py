@@ -35,6 +35,11 @@ def check_cloud(points: Tensor) -> None:
         raise PointError(f"cloud {worst} of the batch has coordinates that are no finite numbers: drop these points")
 
 
+def _single(points: Tensor) -> Tensor:
+    """In single precision at least: half has no room for squares of small distances."""
+    return points.float() if points.dtype in (torch.float16, torch.bfloat16) else points
+
+
 def square_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distances of a (B, M, 3) and b (B, N, 3): (B, M, N)."""
     parts = [(a[..., i].unsqueeze(-1) - b[..., i].unsqueeze(-2)).square() for i in range(3)]
@@ -48,14 +53,13 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
     Each next point is the farthest from all before it, the first of equals. Where there are fewer distinct points than
     asked for, index 0 repeats at the end.
     """
-    points = points.float() if points.dtype in (torch.float16, torch.bfloat16) else points
-    x, y, z = points.unbind(-1)
+    x, y, z = _single(points).unbind(-1)
     nearest = torch.full_like(x, torch.inf)
     last = torch.zeros(len(points), 1, dtype=torch.long, device=points.device)
     chosen = [last]
     for _ in range(count - 1):
-        distance = (x - x.gather(1, last)).square() + (y - y.gather(1, last)).square() + (z - z.gather(1, last)).square()
-        nearest = torch.minimum(nearest, distance)
+        parts = [(axis - axis.gather(1, last)).square() for axis in (x, y, z)]
+        nearest = torch.minimum(nearest, parts[0] + parts[1] + parts[2])
         last = nearest.argmax(1, keepdim=True)
         chosen.append(last)
     return torch.cat(chosen, 1)
@@ -87,12 +91,15 @@ def group(points: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def interpolate(targets: Tensor, centres: Tensor, features: Tensor, k: int = 3) -> Tensor:
-    """Features (B, M, C) of centres (B, M, 3) at targets (B, N, 3), weighted by inverse squared distance to k: (B, N, C)."""
-    distances = square_distances(targets, centres)
+    """Features (B, M, C) of centres (B, M, 3) at targets (B, N, 3): (B, N, C).
+
+    The k nearest centres count, by inverse squared distance.
+    """
+    distances = square_distances(_single(targets), _single(centres))
     near = distances.topk(min(k, centres.shape[1]), dim=-1, largest=False)
     weights = 1 / (near.values + 1e-8)
     weights = weights / weights.sum(-1, keepdim=True)
-    return (take(features, near.indices) * weights.unsqueeze(-1)).sum(2)
+    return (take(features, near.indices) * weights.unsqueeze(-1).to(features.dtype)).sum(2)
 
 
 def chamfer(a: Tensor, b: Tensor) -> Tensor:

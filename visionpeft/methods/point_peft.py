@@ -1,0 +1,179 @@
+r"""Point-PEFT (Tang et al. 2024, arXiv 2310.03059; official code Ivan-Tang-3D/Point-PEFT), without its memory bank.
+
+With bottleneck(u) = Up dropout(quick_gelu(Down u)) and z the output of a block's MLP after drop-path:
+
+    prompts       tokens behind the class token in the first half of the blocks, taken out again behind each
+    z + 0.7 bottleneck_1(z)                                  instead of z
+    geometry      patches x with centres c, behind the block: n = k nearest tokens of farthest-point centres c';
+                  n <- n + attention(LN(n)), 18 wide, shared by all blocks
+                  v = GELU(BN(max n)) + 0.3 x(c'),  x <- x + 0.3 (v at c, by inverse squared distance)
+    x + bottleneck_2(x)                                      on all tokens
+
+In the paper prompts also carry what a bank of training features says of the cloud; that needs the whole training set
+beside the model and is not here. The released code keeps prompts for the other half of the blocks too, which do nothing
+(656,911 numbers with them on Point-MAE with 15 classes, 633,871 without). How many centres and neighbours it takes
+depends on its settings: half of the tokens and 16 are ours. Not the identity at the start; does not merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionpeft.adapter import Adapter, Shared, factory
+from visionpeft.methods.bottleneck import quick_gelu
+from visionpeft.methods.points import PointMethod
+from visionpeft.models.point_ops import farthest_points, interpolate, nearest_points, take
+from visionpeft.models.point_transformer import add_positions
+from visionpeft.sites import Backbone, Site
+
+WIDTH = 18
+HEADS = 6
+
+
+@dataclass(frozen=True)
+class PointPEFT(PointMethod):
+    """
+    Attributes:
+        tokens: prompts in each block of the first half.
+        hidden: width of the bottlenecks.
+        dropout: probability, in the bottlenecks and on the prompts.
+        neighbours: tokens about each centre, all where there are fewer.
+    """
+
+    key: ClassVar[str] = "point_peft"
+    kinds: ClassVar[frozenset[str]] = frozenset({"block", "branch"})
+
+    tokens: int = 10
+    hidden: int = 16
+    dropout: float = 0.1
+    neighbours: int = 16
+
+    def default_targets(self, backbone: Backbone) -> str:
+        return "block"
+
+    def choose(self, backbone: Backbone) -> list[Site]:
+        blocks = {site.path for site in super().choose(backbone)}
+        return [s for s in backbone.sites() if s.path in blocks and s.role in ("block", "mlp")]
+
+    def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
+        blocks = [site for site in sites if site.kind == "block"]
+        width, kw = blocks[0].shape[0], factory(backbone.module(blocks[0].path))
+        attention = NeighbourAttention(width, **kw)
+        found: dict[Site, Adapter] = {Shared.site("attention"): attention}
+        for site in sites:
+            if site.kind == "branch":
+                found[site] = BehindMLP(self, width, **kw)
+                continue
+            tokens = self.tokens if blocks.index(site) < (len(blocks) + 1) // 2 else 0
+            found[site] = Geometry(self, tokens, width, **kw)
+            attention.refer(found[site])
+        return found
+
+
+class NeighbourAttention(Shared):
+    """norm weight and bias (D), qkv (54, D), proj_weight (D, 18), proj_bias (D)."""
+
+    def __init__(self, width: int, **kw: Any) -> None:
+        super().__init__()
+        self.norm_weight = nn.Parameter(torch.ones(width, **kw))
+        self.norm_bias = nn.Parameter(torch.zeros(width, **kw))
+        self.qkv = nn.Parameter(torch.empty(3 * WIDTH, width, **kw))
+        self.proj_weight = nn.Parameter(torch.empty(width, WIDTH, **kw))
+        self.proj_bias = nn.Parameter(torch.zeros(width, **kw))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.qkv, self.proj_weight):
+            nn.init.trunc_normal_(weight, std=0.02)
+
+    def run(self, n: Tensor) -> Tensor:
+        """Neighbourhoods (M, k, D), each attending within itself."""
+        x = F.layer_norm(n, self.norm_weight.shape, self.norm_weight.to(n.dtype), self.norm_bias.to(n.dtype))
+        q, k, v = F.linear(x, self.qkv.to(x.dtype)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, scale=WIDTH**-0.5).transpose(1, 2).flatten(2)
+        return F.linear(y, self.proj_weight.to(y.dtype), self.proj_bias.to(y.dtype)).to(n.dtype)
+
+
+class Bottleneck(Adapter):
+    """down (hidden, D), up (D, hidden), each with its bias."""
+
+    def __init__(self, method: PointPEFT, width: int, **kw: Any) -> None:
+        super().__init__()
+        self.dropout = method.dropout
+        for name, shape in {"down": (method.hidden, width), "up": (width, method.hidden)}.items():
+            setattr(self, f"{name}_weight", nn.Parameter(torch.empty(shape, **kw)))
+            setattr(self, f"{name}_bias", nn.Parameter(torch.empty(shape[0], **kw)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name in ("down", "up"):
+            nn.init.xavier_uniform_(getattr(self, f"{name}_weight"))
+            nn.init.normal_(getattr(self, f"{name}_bias"), std=1e-6)
+
+    def bottleneck(self, u: Tensor) -> Tensor:
+        """u (..., D) -> (..., D)."""
+        h = quick_gelu(F.linear(u, self.down_weight.to(u.dtype), self.down_bias.to(u.dtype)))
+        h = F.dropout(h, self.dropout, self.training)
+        return F.linear(h, self.up_weight.to(h.dtype), self.up_bias.to(h.dtype)).to(u.dtype)
+
+
+class BehindMLP(Bottleneck):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + 0.7 * self.bottleneck(y)
+
+
+class Geometry(Bottleneck):
+    """At a whole block: prompts (tokens, D) in, and behind it the geometry and the second bottleneck.
+
+    Also norm_weight, norm_bias (D) of the BatchNorm and its buffers mean, var (D).
+    """
+
+    shared: NeighbourAttention
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, method: PointPEFT, tokens: int, width: int, **kw: Any) -> None:
+        super().__init__(method, width, **kw)
+        self.tokens, self.neighbours = tokens, method.neighbours
+        self._centres: Tensor | None = None
+        if tokens:
+            self.prompts = nn.Parameter(nn.init.trunc_normal_(torch.empty(tokens, width, **kw), std=0.02))
+        self.norm_weight = nn.Parameter(torch.ones(width, **kw))
+        self.norm_bias = nn.Parameter(torch.zeros(width, **kw))
+        self.register_buffer("mean", torch.zeros(width, **kw))
+        self.register_buffer("var", torch.ones(width, **kw))
+
+    def arguments(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
+        positions, self._centres = rest
+        x = add_positions(x, positions)
+        if not self.tokens:
+            return x, None, self._centres
+        prompts = F.dropout(self.prompts.to(x.dtype).expand(len(x), -1, -1), self.dropout, self.training)
+        return torch.cat([x[:, :1], prompts, x[:, 1:]], 1), None, self._centres
+
+    def after(self, y: Tensor) -> Tensor:
+        centres, self._centres = self._centres, None
+        assert centres is not None
+        at = -centres.shape[1]
+        y = torch.cat([y[:, :at], self.geometry(y[:, at:], centres)], 1)
+        y = y + self.bottleneck(y)
+        return torch.cat([y[:, :1], y[:, 1 + self.tokens :]], 1)
+
+    def geometry(self, x: Tensor, centres: Tensor) -> Tensor:
+        """Patches x (B, G, D) with what their surroundings say."""
+        few = farthest_points(centres, max(1, centres.shape[1] // 2))
+        places = take(centres, few)
+        near = nearest_points(places, centres, min(self.neighbours, centres.shape[1]))
+        n = take(x, near)
+        n = n + self.shared.run(n.flatten(0, 1)).view_as(n)
+        pooled = n.amax(2)
+        flat = pooled.flatten(0, 1).to(self.norm_weight.dtype)
+        normed = F.batch_norm(flat, self.mean, self.var, self.norm_weight, self.norm_bias, self.training)
+        v = F.gelu(normed.view_as(pooled)).to(x.dtype) + 0.3 * take(x, few)
+        return x + 0.3 * interpolate(centres, places, v, k=places.shape[1]).to(x.dtype)
