@@ -97,7 +97,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 # Methods for point clouds only.
-POINTS = ("pointgst", "idpt", "dapt", "ppt")
+POINTS = ("pointgst", "idpt", "dapt", "ppt", "point_peft")
 
 # What each offers. `test_refusals` holds this against `vp.inspect`.
 _TOKENS = {"linear", "norm", "conv", "attention", "mlp", "block", "head"}

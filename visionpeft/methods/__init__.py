@@ -66,6 +66,7 @@ METHODS: dict[str, type[Method]] = {
         IDPT,
         DAPT,
         PPT,
+        PointPEFT,
     )
 }
 
