@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import open_clip
 import pytest
 import torch
@@ -204,3 +207,24 @@ def test_ssf_on_a_pool_merges():
         adapted = zoo.model.encode_image(zoo.image)
         tuner.merge()
         close(zoo.model.encode_image(zoo.image), adapted)
+
+
+@pytest.mark.parametrize("name", ["vit", "rn50", "custom_block"])
+def test_copies_pickles_and_compiled_towers_do_the_same(name):
+    zoo = make(name)
+    tune(zoo, name)
+    with torch.no_grad():
+        adapted = zoo.features()
+        for model in (copy.deepcopy(zoo.model), pickle.loads(pickle.dumps(zoo.model))):
+            assert torch.equal(zoo._replace(model=model).features(), adapted)
+        compiled = torch.compile(zoo.model.visual, backend="eager", fullgraph=True)
+        close(compiled(zoo.image), adapted[:2])
+
+
+@pytest.mark.parametrize("name", ["vit", "rn50"])
+def test_autocast_keeps_the_dtype_of_the_frozen_model(name):
+    zoo = make(name, torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = zoo.model.encode_image(zoo.image)
+        tune(zoo, name)
+        assert zoo.model.encode_image(zoo.image).dtype == plain.dtype
