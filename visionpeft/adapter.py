@@ -52,6 +52,7 @@ class Adapter(Forgiving):
     """
 
     strength: float = 1.0
+    whole: bool = False  # acts wholly or not at all
     rows: tuple[int, int] | None = None
     label: str = ""
     fused: bool = True  # False: plain torch, see `Tuner.fused`

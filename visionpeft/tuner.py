@@ -142,7 +142,7 @@ class Tuner:
         if not math.isfinite(value):
             raise VisionPEFTError(f"{self.name!r}: a scale must be a finite number, not {value}")
         acts = ("arguments", "before", "after")
-        whole = next((a for a in self.adapters.values() if any(map(a.overrides, acts))), None)
+        whole = next((a for a in self.adapters.values() if a.whole or any(map(a.overrides, acts))), None)
         if value != 1 and whole is not None:
             raise VisionPEFTError(f"{type(self.method).__name__} acts wholly or not at all: it has no scale {value}")
 

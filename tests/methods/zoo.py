@@ -156,16 +156,18 @@ ONLY: dict[str, tuple[str, ...]] = {
     "orthogonal": ("vit", "clip"),
     "svfit": ("vit",),
     "shira": ("vit", "clip"),
+    "textual_inversion": ("clip",),
 }
 
 # Hyper-parameters that fit the tiny widths; whatever is not named here keeps its default.
-SMALL: dict[str, Any] = {"rank": 2, "hidden": 4, "tokens": 3, "dropout": 0.0, "a1": 2, "a2": 4, "experts": 1}
+SMALL: dict[str, Any] = {"rank": 2, "hidden": 4, "tokens": 3, "dropout": 0.0, "a1": 2, "a2": 4, "experts": 1,
+                         "first": 5, "initial": (5,)}  # fmt: skip
 
 # A LayerNorm of two numbers is a sign, which no precision is enough for.
 OWN: dict[str, dict[str, Any]] = {"pointgst": {"rank": 6}}
 
 # Methods that change the number of tokens or whole blocks act wholly or not at all.
-WHOLE = {*POINTS[1:], "vpt", "prefix", "rein", "noah"}
+WHOLE = {*POINTS[1:], "vpt", "prefix", "rein", "noah", "textual_inversion"}
 
 # torch's attention is replaced by another one of the same formula: equal to tolerance, not to the bit.
 INEXACT = ("encoder", "clip")
@@ -203,7 +205,7 @@ REFUSED = [case for case in ALL if not acts(*case)]
 
 def home(method: str) -> Case:
     """The method on a backbone where it acts."""
-    return Case(method, "points" if method in POINTS else "vit")
+    return Case(method, "points" if method in POINTS else "clip" if method == "textual_inversion" else "vit")
 
 
 def on(*backbones: str) -> list[Case]:

@@ -28,6 +28,7 @@ from visionpeft.methods.spt import SPT
 from visionpeft.methods.shira import SHiRA
 from visionpeft.methods.ssf import SSF
 from visionpeft.methods.svfit import SVFit
+from visionpeft.methods.textual_inversion import TextualInversion
 from visionpeft.methods.vpt import VPT
 
 METHODS: dict[str, type[Method]] = {
@@ -62,6 +63,7 @@ METHODS: dict[str, type[Method]] = {
         OrthogonalAdaptation,
         SVFit,
         SHiRA,
+        TextualInversion,
         PointGST,
         IDPT,
         DAPT,
