@@ -5,7 +5,7 @@
     TapSite, BranchSite   the ends of a residual branch: the first keeps its input, the last hands it to the adapters
     BlockSite         tokens put in before a block and taken out after; taps cleared whatever happens
 
-`nn.MultiheadAttention` has its own in `visionpeft.attention`, whole models in `visionpeft.batches`.
+`nn.MultiheadAttention` has its own in `visionpeft.multihead`, whole models in `visionpeft.batches`.
 """
 
 from __future__ import annotations

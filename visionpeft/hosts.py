@@ -1,6 +1,6 @@
 """Modules that read the weights of their parts themselves, so that the parts' adapters act at the host.
 
-    nn.MultiheadAttention        its own forward, in `visionpeft.attention`
+    nn.MultiheadAttention        its own forward, in `visionpeft.multihead`
     open_clip's AttentionPool2d  its own forward: q, k, v and output projection through their adapters
     raw projections              `x @ visual.proj`, `F.linear(x, in_proj_weight)`: whoever reads the tensor gets the
                                  adapted one, on every entry point (`encode_text` is no forward)
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionpeft import acting, attention, backbones
+from visionpeft import acting, backbones, multihead
 from visionpeft.adapter import Adapter
 from visionpeft.binding import Mixin
 from visionpeft.errors import SiteError
@@ -110,7 +110,7 @@ RAW: dict[str, type[RawSite]] = {
 def mixin(host: nn.Module) -> type[Mixin]:
     """What the host of other modules' or its own tensors' sites does."""
     if isinstance(host, nn.MultiheadAttention):
-        return attention.MultiheadSite
+        return multihead.MultiheadSite
     raw = backbones.raw(host)
     return RAW[next(iter(raw))] if raw else PoolSite
 
@@ -136,7 +136,7 @@ def place(host: nn.Module, name: str) -> Place:
     """Where the weight of the part `name` of a host lives."""
     find: Callable[[Any], dict[str, Place]]
     if isinstance(host, nn.MultiheadAttention):
-        return Place(*attention.places(host)[name])
+        return Place(*multihead.places(host)[name])
     find = _raw_places if backbones.raw(host) else _pool_places
     return find(host)[name]
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionpeft import attention
+from visionpeft import multihead
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.errors import MethodError, SiteError
 from visionpeft.sites import Backbone, Site, inside
@@ -271,7 +271,7 @@ def _scored(name: str, scores: Mapping[str, Tensor]) -> Tensor:
 
 def _scores_of(site: Site, backbone: Backbone, scores: Mapping[str, Tensor]) -> Tensor:
     if site.host:
-        place = attention.places(backbone.module(site.host_path))[site.place]
+        place = multihead.places(backbone.module(site.host_path))[site.place]
         return _scored(f"{site.path}.{place[1]}", scores)[place[3]]
     whole = _scored(_join(site.path, "weight"), scores)
     return whole[slice(*site.rows)] if site.rows else whole
