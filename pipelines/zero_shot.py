@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import visionpeft as vp
@@ -25,6 +26,8 @@ from visionpeft.clip.model import Clip, build, logit_scale
 from visionpeft.clip.scores import classification_scores, retrieval_scores
 from visionpeft.clip.templates import Template, read_templates
 from visionpeft.clip.text import class_prompts, tokenize
+from visionpeft.data.folder import images_below
+from visionpeft.data.sets import FileSource, ImageSet, existing
 from visionpeft.report.zero_shot import report
 from visionpeft.training import runs
 
@@ -120,6 +123,30 @@ def run(config: Config, watch: Watch | None = None) -> Result:
     return result
 
 
+@torch.no_grad()
+def predict(config: Config, images: str, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """What each image below a folder shows, of the classes named: {"path", "class", "probability"}.
+
+    `config` gives the model, its adapter and the templates; its data are not read.
+
+    Raises:
+        VisionPEFTError: no image there, one that cannot be read, bad classes or templates.
+    """
+    paths = images_below(existing(images, "image folder"))
+    if not paths:
+        raise ClipError(f"{images}: no image there")
+    clip = build(config.model, config.checkpoint)
+    if config.adapter is not None:
+        vp.load(clip.model, config.adapter, name="adapter")
+    pictures = ImageSet(FileSource(paths, exif=True), np.zeros(len(paths), dtype=np.int64))
+    evaluator = Evaluator(clip, (), {}, read_templates(config.templates), FeatureCache(config.cache), config.batch_size)
+    best = evaluator.logits(pictures, classes).softmax(1).max(1)
+    return [
+        {"path": path, "class": classes[int(i)], "probability": float(p)}
+        for path, p, i in zip(paths, best.values, best.indices, strict=True)
+    ]
+
+
 def _tuned(config: Config, watch: Watch) -> str:
     """Tune an adapter on the first set, and give its file."""
     from visionpeft.pipelines import few_shot
@@ -202,7 +229,7 @@ class Evaluator:
         found |= {name: self._retrieve(pairs) for name, pairs in self.pairs.items()}
         return {name: {k: v for k, v in scores.items() if not math.isnan(v)} for name, scores in found.items()}
 
-    def _images(self, images: Any) -> torch.Tensor:
+    def _images(self, images: ImageSet) -> torch.Tensor:
         return image_features(self.clip.model, images, self.clip.preprocessing, self.cache, self.batch)
 
     def _texts(self, texts: Sequence[str], cut: bool = False) -> torch.Tensor:
@@ -215,9 +242,13 @@ class Evaluator:
         means = features.unflatten(0, (len(classes), len(self.templates))).mean(1)
         return torch.nn.functional.normalize(means, dim=-1).t()
 
-    def _classify(self, labelled: Labelled) -> dict[str, float]:
+    def logits(self, images: ImageSet, classes: Sequence[str]) -> torch.Tensor:
+        """Logits (N, C) with the model's own scale and bias."""
         factor, bias = logit_scale(self.clip.model)
-        logits = factor * self._images(labelled.images) @ self.weights(labelled.classes) + bias
+        return factor * self._images(images) @ self.weights(classes) + bias
+
+    def _classify(self, labelled: Labelled) -> dict[str, float]:
+        logits = self.logits(labelled.images, labelled.classes)
         return classification_scores(logits, torch.from_numpy(labelled.images.labels))
 
     def _retrieve(self, pairs: Pairs) -> dict[str, float]:

@@ -165,6 +165,24 @@ def test_without_arguments_the_nano_clip_is_evaluated_and_tuned(monkeypatch):
     assert config.data[0].startswith("bundled")
 
 
+def test_predicting_a_folder_gives_the_class_of_each_image(folder):
+    config = Config("tiny", adapter=adapter(folder / "a.safetensors"), templates="simple")
+    found = zero_shot.predict(config, str(folder / "images"), CLASSES)
+    model = tiny()
+    vp.load(model, folder / "a.safetensors")
+    weights = open_clip.build_zero_shot_classifier(model, tokenizer, CLASSES, open_clip.SIMPLE_IMAGENET_TEMPLATES)
+    images = load_images(spec(folder)).images
+    with torch.no_grad():
+        pixels = torch.stack([PREPARE.transform()(images[i][0]) for i in range(24)])
+        logits = model.logit_scale.exp() * model.encode_image(pixels, normalize=True) @ weights
+    assert [p["path"] for p in found] == [images.path(i) for i in range(24)]
+    assert [p["class"] for p in found] == [CLASSES[int(i)] for i in logits.argmax(1)]
+    assert [p["probability"] for p in found] == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-5)
+    (folder / "none").mkdir()
+    with pytest.raises(ClipError, match="none: no image there"):
+        zero_shot.predict(config, str(folder / "none"), CLASSES)
+
+
 def test_retrieval_on_captioned_images(folder):
     rows = [f"images/{c}/{i}.png,{c} number {i}" + " and so on" * 20 for c in CLASSES for i in range(2)]
     (folder / "captions.csv").write_text("image,caption\n" + "\n".join(rows))
