@@ -14,13 +14,13 @@ _BLOCKS = ("Block", "GPTBlock")
 
 def _heads(root: nn.Module) -> list[str]:
     get: Any = getattr(root, "get_classifier", None)
-    head = get() if get is not None else None
-    return [path for path, module in root.named_modules() if module is head and any(True for _ in module.parameters())]
+    head: Any = get() if get is not None else None
+    return [path for path, module in root.named_modules() if module is head and any(True for _ in head.parameters())]
 
 
 def _example(root: nn.Module) -> tuple[Any, ...] | None:
     """Two clouds (2, N, 3): BatchNorms of a classifier that learns need more than one."""
-    architecture = getattr(root, "architecture", None)
+    architecture: Any = getattr(root, "architecture", None)
     if architecture is None:
         return None
     like = next(root.parameters())

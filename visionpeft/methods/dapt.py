@@ -118,6 +118,9 @@ class InternalPrompt(Scaled):
 class DynamicAdapter(Adapter):
     """norm weight and bias (D), scale_weight (1, D), down_weight (hidden, D), up_weight (D, hidden), and biases."""
 
+    down_weight: nn.Parameter
+    up_weight: nn.Parameter
+    scale_weight: nn.Parameter
     normed = True
 
     def __init__(self, method: DAPT, slot: Slot, width: int, **kw: Any) -> None:

@@ -103,6 +103,11 @@ class NeighbourAttention(Shared):
 class Bottleneck(Adapter):
     """down (hidden, D), up (D, hidden), each with its bias."""
 
+    down_weight: nn.Parameter
+    down_bias: nn.Parameter
+    up_weight: nn.Parameter
+    up_bias: nn.Parameter
+
     def __init__(self, method: PointPEFT, width: int, **kw: Any) -> None:
         super().__init__()
         self.dropout = method.dropout

@@ -62,6 +62,13 @@ class PointGST(PointMethod):
 class SpectralAdapter(Adapter):
     """down (r, D), up (D, r), turn (r, r), each with its bias; weights and biases (r) of the two norms."""
 
+    down_weight: nn.Parameter
+    down_bias: nn.Parameter
+    up_weight: nn.Parameter
+    up_bias: nn.Parameter
+    turn_weight: nn.Parameter
+    turn_bias: nn.Parameter
+
     def __init__(self, method: PointGST, spectra: Spectra, width: int, **kw: Any) -> None:
         super().__init__()
         r = method.rank

@@ -113,8 +113,9 @@ class PointGPT(nn.Module):
         self.encoder = MiniPointNet(a.hidden, a.encoder)
         self.pos_embed = SinePositions(a.width)
         self.blocks = Extractor(a, num_classes)
-        for name in ("cls_token", "cls_pos", "sos_pos"):
-            setattr(self, name, nn.Parameter(torch.zeros(1, 1, a.width)))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, a.width))
+        self.cls_pos = nn.Parameter(torch.zeros(1, 1, a.width))
+        self.sos_pos = nn.Parameter(torch.zeros(1, 1, a.width))
         self.apply(reset)
         for token in (self.cls_token, self.cls_pos):
             nn.init.trunc_normal_(token, std=0.02)
