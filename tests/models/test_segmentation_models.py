@@ -80,10 +80,10 @@ def test_the_linear_decoder_classifies_tokens() -> None:
     encoder = timm.models.vision_transformer.VisionTransformer(
         img_size=15, patch_size=5, embed_dim=16, depth=2, num_heads=2, num_classes=0, dynamic_img_size=True)
     encoder.feature_info = [{"num_chs": 16, "reduction": 5, "module": f"blocks.{i}"} for i in range(2)]
-    model = segmenter(encoder, 4).eval()
     image = torch.randn(2, 3, 15, 20)
     with torch.no_grad():
-        tokens = encoder.forward_features(image)[:, 1:]
+        tokens = encoder.eval().forward_features(image)[:, 1:]  # behind the last norm
+        model = segmenter(encoder, 4).eval()
         weight, bias = model.decoder.classify.weight[:, :, 0, 0], model.decoder.classify.bias
         expected = (tokens @ weight.T + bias).view(2, 3, 4, 4).permute(0, 3, 1, 2)
         assert torch.allclose(model(image)[:, :, 2::5, 2::5], expected, atol=1e-6)
