@@ -71,13 +71,18 @@ def matrices(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def naive(scores: dict[str, Tensor], tau: int, size) -> tuple[int, set[str], dict[str, list[int]], set[str]]:
-    """Total, structured sites, sparse entries and vectors for one tau; `size(shape)` of a matrix's adapter."""
+def naive(scores: dict[str, Tensor], size) -> list[tuple[int, set[str], dict[str, list[int]], set[str]]]:
+    """Total, structured sites, sparse entries and vectors for each tau; `size(shape)` of a matrix's adapter."""
     flat = matrices(scores)
     vectors = {n: s for n, s in scores.items() if s.dim() == 1 and not n.startswith(("head", "patch_embed"))}
-    every = [(-float(v), name, i) for name, s in {**flat, **vectors}.items() for i, v in enumerate(s.flatten())]
+    every = [(-v, name, i) for name, s in {**flat, **vectors}.items() for i, v in enumerate(s.flatten().tolist())]
+    ordered = sorted(every, key=lambda e: e[0])
+    return [bought(ordered[:tau], flat, vectors, size) for tau in TAUS]
+
+
+def bought(selected, flat: dict[str, Tensor], vectors: dict[str, Tensor], size):
     chosen: dict[str, list[int]] = {}
-    for _, name, i in sorted(every, key=lambda e: e[0])[:tau]:
+    for _, name, i in selected:
         chosen.setdefault(name, []).append(i)
     structured = {n for n in flat if size and len(chosen.get(n, ())) >= size(flat[n].shape) / 10}
     sparse = {n: sorted(c) for n, c in chosen.items() if n in flat and n not in structured}
@@ -99,8 +104,7 @@ def test_allocation_is_that_of_a_naive_search(case, budget):
     model, scores = scored()
     method, size = CASES[case]
     plan = spt.allocate(model, scores, method, budget=budget, taus=TAUS)
-    tried = [naive(scores, tau, size) for tau in TAUS]
-    total, structured, sparse, whole = min(tried, key=lambda found: abs(found[0] - budget))
+    total, structured, sparse, whole = min(naive(scores, size), key=lambda found: abs(found[0] - budget))
     assert set(plan.structured) == structured and set(plan.vectors) == whole
     assert {name: index.tolist() for name, index in plan.sparse.items()} == sparse
     tuner = vp.attach(model, plan, train="head")

@@ -55,9 +55,10 @@ class Compacter(Method):
         found: dict[Site, Adapter] = {}
         for site in sites:
             component, kw = backbone.split(site.path)[0], factory(backbone.module(site.path))
-            rule = found.setdefault(Shared.site("rule", component), Rule(self.n, **kw))
-            found[site] = CompacterAdapter(self, site.shape[0], **kw)
-            rule.refer(found[site])  # type: ignore[attr-defined]
+            root = Shared.site("rule", component)
+            rule: Any = found[root] if root in found else Rule(self.n, **kw)
+            found[root], found[site] = rule, CompacterAdapter(self, site.shape[0], **kw)
+            rule.refer(found[site])
         return found
 
 

@@ -87,18 +87,19 @@ class Convpass(Method):
 
 def _embedding(site: Site, every: Sequence[Site], backbone: Backbone) -> Site | None:
     """The patch embedding of the tower that a site is in."""
-
-    def together(path: str) -> int:
-        pairs = zip(path.split("."), embedding.path.split("."), strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
-
     component = backbone.split(site.path)[0]
     sites = [s for s in every if backbone.split(s.path)[0] == component]
     embedding = next((s for s in sites if s.role == "patch_embed" and s.kind == "conv"), None)
     if embedding is None:
         return None
-    nearest = max(together(s.path) for s in sites if s.kind == "branch")
-    return embedding if together(site.path) == nearest else None
+    nearest = max(_together(s.path, embedding.path) for s in sites if s.kind == "branch")
+    return embedding if _together(site.path, embedding.path) == nearest else None
+
+
+def _together(a: str, b: str) -> int:
+    """How many modules two paths have in common."""
+    pairs = zip(a.split("."), b.split("."), strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), 0)
 
 
 class Grid(Adapter):

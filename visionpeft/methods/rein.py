@@ -54,9 +54,10 @@ class Rein(Method):
             if front is None:
                 raise SiteError(f"Rein at {site}: it is not known how many tokens stand before the patches")
             width, kw = site.shape[0], factory(backbone.module(site.path))
-            shared = found.setdefault(Shared.site(f"maps{width}", component), Maps(width, **kw))
-            found[site] = ReinAdapter(self, width, front, **kw)
-            shared.refer(found[site])  # type: ignore[attr-defined]
+            root = Shared.site(f"maps{width}", component)
+            maps: Any = found[root] if root in found else Maps(width, **kw)
+            found[root], found[site] = maps, ReinAdapter(self, width, front, **kw)
+            maps.refer(found[site])
         return found
 
 
@@ -66,9 +67,8 @@ class Maps(Shared):
     def __init__(self, width: int, **kw: Any) -> None:
         super().__init__()
         for name in ("token", "delta"):
-            linear = nn.Linear(width, width, **kw)
-            self.register_parameter(f"{name}_weight", linear.weight)
-            self.register_parameter(f"{name}_bias", linear.bias)
+            for key, value in nn.Linear(width, width, **kw).named_parameters():
+                self.register_parameter(f"{name}_{key}", value)
         self.scale = nn.Parameter(torch.full((1,), 0.001, **kw))  # FSDP2 takes no scalars
 
 

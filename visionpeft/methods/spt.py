@@ -212,8 +212,8 @@ class Ranking:
         self.common = 0
         if method is not None:
             self.cover, self.common = _cover(method, backbone, [m.site for m in self.matrices])
-        named = backbone.named_tensors()
-        self.always = sum(m._parameters[n].numel() for _, m, n in named if n in ALWAYS)  # type: ignore[union-attr]
+        always = [m._parameters[n] for _, m, n in backbone.named_tensors() if n in ALWAYS]
+        self.always = sum(p.numel() for p in always if p is not None)
 
     def plan(self, tau: int, alpha: float, beta: float) -> tuple[int, SPT]:
         """Number of learnt scalars and allocation for the tau most sensitive ones."""
