@@ -6,6 +6,7 @@ tuner = visionpeft.attach(model, visionpeft.LoRA(rank=8), train="head")
 from visionpeft import formats, methods
 from visionpeft.activation import activate, tuners
 from visionpeft.attaching import attach
+from visionpeft.attention import set_attention
 from visionpeft.errors import DeadAdapterError, VisionPEFTError
 from visionpeft.methods import METHODS
 from visionpeft.methods.bottleneck import AdaptFormer
@@ -37,5 +38,6 @@ __all__ = [
     "inspect",
     "load",
     "methods",
+    "set_attention",
     "tuners",
 ]

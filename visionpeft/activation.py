@@ -64,9 +64,10 @@ def registry(backbone: Backbone) -> Registry | None:
     known = set(found.tuners) if found else set()
     for root in backbone.roots.values():
         for path, _, held in binding.holders(root):
-            if not set(held.users) <= known | {binding.SAMPLES}:
+            strangers = {name for name in held.users if name not in known and not name.startswith(binding.SAMPLES)}
+            if strangers:
                 raise VisionPEFTError(
-                    f"{', '.join(map(repr, set(held.users) - known))} at {path or 'the root'} came through another "
+                    f"{', '.join(map(repr, strangers))} at {path or 'the root'} came through another "
                     "root, a part of this model or one around it: attach, load and activate through that one"
                 )
     return found

@@ -21,7 +21,7 @@ from visionpeft.adapter import Adapter
 from visionpeft.errors import SiteError, VisionPEFTError
 
 SLOT = "peft"
-SAMPLES = "*"  # user name under which a root has one adapter per sample
+SAMPLES = "*"  # user name under which a root has one adapter per sample; what begins so is no adapter's name
 
 _MODULES = ("linear", "conv", "norm", "embed")  # kinds of site that are a module with a weight
 _fired: set[int] | None = None  # ids of the adapters consulted, while a probe looks
@@ -50,6 +50,7 @@ class Holder(nn.Module):
         tap: input of the residual branch that begins here, taps: all that this block must clear.
         thawed: a BatchNorm's statistics may learn, since an adapter that acts wants them to.
         mixed: each sample has its own adapter, and only the root (with `samples` and `backbone`) may say which acts.
+        attention: backend and number of tokens that `set_attention` chose.
         switches: attributes of the module and their values while an adapter acts, saved: their values before.
     """
 
@@ -68,6 +69,7 @@ class Holder(nn.Module):
         self.mixed = False
         self.samples: tuple[str | None, ...] | None = None
         self.backbone: Any = None
+        self.attention: tuple[str, int | None] | None = None
         self.users: dict[str, tuple[type[Mixin], ...]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,16 +122,16 @@ class Mixin:
     """What a module does while it is dressed; a smaller `layer` stands further in front; `stays` when merged."""
 
     layer: ClassVar[int]
-    peft: Holder
     stays: ClassVar[bool] = False
+    peft: Holder
 
 
 class FrozenStatistics(Mixin):
     """A BatchNorm whose running statistics stay as they are."""
 
     layer = 5
-
     stays = True
+
     def train(self, mode: bool = True) -> Any:
         super().train(mode)  # type: ignore[misc]
         self.training = mode and self.peft.thawed
