@@ -128,7 +128,7 @@ def _unasked(tuner: Tuner, example: Example) -> list[Site]:
     return [s for s, adapter in tuner.adapters.items() if s.kind != "shared" and id(adapter) not in fired]
 
 
-def _watch(tuner: Tuner, example: Sequence[Any], grad: bool) -> tuple[set[int], Any]:
+def _watch(tuner: Tuner, example: Example, grad: bool) -> tuple[set[int], Any]:
     fired: set[int] = set()
     binding._fired = fired
     try:

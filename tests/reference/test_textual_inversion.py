@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import big_diffusers as big
 import pytest
 import tiny_diffusers as tiny
 import torch
@@ -101,3 +102,9 @@ def test_a_file_of_ours(tmp_path):
     other = tiny.text()
     vp.load(other, tmp_path / "cat.safetensors", probe=False)
     assert torch.equal(tiny.see(other, (ids,)), expected)
+
+
+def test_count_on_the_text_encoder_of_stable_diffusion():
+    tuner = vp.attach(big.meta("clip"), vp.methods.TextualInversion(vectors=4), probe=False)
+    assert tuner.num_parameters == 4 * 768
+    tuner.detach()

@@ -100,7 +100,7 @@ def _whole(module: nn.Module, parts: Sequence[tuple[Site, Change]]) -> Change:
     (site, change), *rest = parts
     if not rest and site.rows is None:
         return change
-    out = module.weight.shape[0]  # type: ignore[union-attr, index]
+    out: int = module.weight.shape[0]  # type: ignore[index, assignment]
     ups = []
     for site, change in parts:
         assert isinstance(change, LowRank) and site.rows is not None
@@ -253,8 +253,9 @@ def attach(model: Any, found: Sequence[Change], name: str | None, path: str | Pa
     with torch.no_grad():
         for site, change in by_site.items():
             a, b = (change.w1, change.w2) if isinstance(change, Kron) else (change.down, change.up)
-            built[site].a.copy_(a.view(built[site].a.shape))  # type: ignore[operator, union-attr]
-            built[site].b.copy_(b)  # type: ignore[operator]
+            own: Any = built[site]
+            own.a.copy_(a.view(own.a.shape))
+            own.b.copy_(b)
     return attaching.bind(Tuner(backbone, method, name, sites), built, [], [], probe=probe)
 
 

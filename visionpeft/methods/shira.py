@@ -138,24 +138,30 @@ def switch(take: Tuner | None, put: Tuner | None) -> None:
     Raises:
         MergeError: `take` is not in, or `put` is in or merged.
     """
+    if put is not None:
+        _check(put)
     if take is not None:
-        for weight, places, before in _pop(take):
-            weight.view(-1)[places] = before
+        for flat, places, before in _pop(take):
+            flat[places] = before
     if put is None:
         return
+    _rest(put)
+    put.written = []
+    for site, adapter in put.adapters.items():
+        assert isinstance(adapter, SHiRAAdapter)
+        weight: Tensor = put.backbone.module(site.path).weight  # type: ignore[assignment]
+        flat, places = weight.data.view(-1), adapter.places
+        before = flat[places]
+        flat[places] = (before + put.scale * adapter.values).to(flat.dtype)
+        put.written.append((flat, places, before))
+
+
+def _check(put: Tuner) -> None:
     if put.written is not None or put.merged is not None:
         raise MergeError(f"{put.name!r} is in the weights already")
-    _rest(put)
-    written = []
     for site, adapter in put.adapters.items():
         if not isinstance(adapter, SHiRAAdapter) or site.host or site.rows:
             raise MergeError(f"{site}: switching is for SHiRA on whole Linears")
-        weight = put.backbone.module(site.path).weight.data  # type: ignore[union-attr, operator]
-        flat, places = weight.view(-1), adapter.places
-        before = flat[places]
-        flat[places] = (before + put.scale * adapter.values).to(weight.dtype)
-        written.append((weight, places, before))
-    put.written = written
 
 
 def _pop(tuner: Tuner) -> list[tuple[Tensor, Tensor, Tensor]]:
