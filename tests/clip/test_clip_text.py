@@ -10,6 +10,7 @@ import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 
+import visionpeft as vp
 from visionpeft.clip import ClipError, class_prompts, encode_tokens, read_templates, tokenize, zero_shot_weights
 from visionpeft.clip import model as models
 from visionpeft.clip.text import is_causal
@@ -159,3 +160,19 @@ def test_a_built_model_knows_its_preprocessing_and_tokenizer():
     logging.disable(logging.NOTSET)
     assert clip.preprocessing.size == (224, 224) and clip.preprocessing.resize == "short_side_crop"
     assert clip.tokenizer(["a"]).shape == (1, 77)
+
+
+@pytest.mark.parametrize("kind", ["flat", "custom", "linear"])
+@pytest.mark.parametrize("method", [vp.LoRA(rank=2, targets="linear projection"), vp.AdaptFormer(hidden=4),
+                                    vp.methods.BitFit(), vp.methods.LNTuning()])  # fmt: skip
+def test_adapters_act_where_the_padding_is_cut_off(kind, method):
+    model = KINDS[kind]().eval()
+    ids = tokenize(tokenizer, ["a cat", "a dog on a long road"], 32)
+    plain = encode_tokens(model, ids)
+    tuner = vp.attach(model, method)
+    with torch.no_grad():
+        for p in tuner.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    found = encode_tokens(model, ids)
+    torch.testing.assert_close(found, model.encode_text(ids), rtol=0, atol=1e-12)
+    assert (found - plain).abs().max() > 0.01
