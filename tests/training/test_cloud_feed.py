@@ -56,6 +56,9 @@ def test_draws_depend_on_seed_epoch_and_cloud_alone(kind):
     assert torch.equal(together, torch.stack(alone)) and targets.tolist() == [5, 2, 0]
     others = [next(iter(feed.batches([[5]], *at)))[0][0] for at in ((2, 3), (1, 4))]
     assert not any(torch.equal(together[0], other) for other in others)
+    twins = CloudFeed(feed.clouds[:1].expand(2, -1, -1), feed.targets[:2], 16, kind)
+    one, two = next(iter(twins.batches([[0, 1]], 1, 3)))[0]
+    assert not torch.equal(one, two)
     plain = CloudFeed(feed.clouds, feed.targets, 16)
     assert torch.equal(next(iter(plain.batches([[5, 2]], 9, 9)))[0], feed.clouds[[5, 2], :16])
 
