@@ -137,7 +137,7 @@ def test_grids_select_on_val(make: Any) -> None:
 
 
 def test_best_test_epoch_is_apart(make: Any) -> None:
-    result = run(make(track_test=1, epochs=2))
+    result = run(make(track_test=1, epochs=2, ema=0.99, method="linear", lr=0.1))
     rows = [json.loads(line) for line in (Path(result.folder) / "metrics.jsonl").read_text().splitlines()]
     assert result.metrics["best_test_epoch_mIoU"] == max(row["test_mIoU"] for row in rows)
     assert result.accuracy == rows[-1]["test_mIoU"]
