@@ -293,7 +293,7 @@ def _guard(tuner: Tuner, path: str) -> None:
 def _copy(tuner: Tuner, path: str, name: str, copies: dict[int | str, Tensor], value: Tensor | None = None) -> None:
     """A trainable copy of the original, or the value given for it, waiting to be put in its place.
 
-    Tied tensors stay tied: one original has one copy.
+    Tied tensors stay tied: one original has one copy, and so has what the method says to be one.
     """
     module = tuner.backbone.module(path)
     held = binding.grip(module, tuner.name)

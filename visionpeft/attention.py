@@ -78,7 +78,7 @@ def set_attention(model: nn.Module, backend: str | None = "auto", trained_tokens
         held.attention = (backend, trained_tokens)
         if hasattr(module, "fused_attn"):  # timm's own switch between sdpa and written out
             held.saved.setdefault("fused_attn", module.fused_attn)
-            module.fused_attn = True
+            module.fused_attn = True  # type: ignore[assignment]
     return len(found)
 
 

@@ -52,10 +52,9 @@ def _dispatch(arguments: list[str]) -> int:
     point_commands.register(app)
     data.command(_check, name="check")
     app.command(data, name="data", help="Look after data sets.")
-    return (
-        app.cli(prog="visionpeft", args=point_commands.with_default(arguments), config=(tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes))
-        or 0
-    )
+    arguments = point_commands.with_default(arguments)
+    config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+    return app.cli(prog="visionpeft", args=arguments, config=config) or 0
 
 
 def _classify(plan: Sweep) -> int:

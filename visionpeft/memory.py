@@ -104,7 +104,7 @@ def _transpose(node: Any, size: Size) -> Move:
 
 def _roll(node: Any, size: Size) -> Move:
     shifts, dims = _signed(node._saved_shifts), _signed(node._saved_dims)
-    return lambda t: torch.roll(t, shifts, dims or None), size
+    return lambda t: torch.roll(t, shifts, dims) if dims else torch.roll(t, shifts), size
 
 
 def _pad(node: Any, size: Size) -> Move | None:

@@ -1,4 +1,4 @@
-"""diffusers models from tiny local configs: roles, adapters under every way of calling attention, presets, pipelines."""
+"""diffusers models from tiny configs: roles, adapters under every way of calling attention, presets, pipelines."""
 
 from __future__ import annotations
 

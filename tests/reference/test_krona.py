@@ -1,4 +1,4 @@
-"""KronA against W + kron(A, B) built in full, in float64; counts of the paper and of the official shapes on meta models."""
+"""KronA against W + kron(A, B) built in full, in float64; counts of the paper and of official shapes on meta."""
 
 from __future__ import annotations
 

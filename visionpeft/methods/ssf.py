@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,10 @@ _KEPT_BEHIND = frozenset({"qkv", "query", "key", "value", "mlp_in"})
 """Roles whose output the next operation keeps for its own backward."""
 _LEAST = 0.05
 """Smallest |gamma| that is inverted: below, the rounding of y weighs too much in z."""
+
+
+_LOOKED_AT: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+"""Version of an adapter's gamma -> whether it can be inverted; no state of the adapter's own."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,6 @@ class SSFAdapter(Adapter):
         self.dims, self.folds, self.standardised, self.source = dims, folds, standardised, source
         self.gamma = nn.Parameter(torch.empty(channels, **kw))
         self.beta = nn.Parameter(torch.empty(channels, **kw))
-        self._looked_at: tuple[int, bool] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,9 +93,10 @@ class SSFAdapter(Adapter):
         if is_traced(self.gamma):
             return True  # plain torch runs there, and keeps what it needs
         version = self.gamma._version
-        if self._looked_at is None or self._looked_at[0] != version:
-            self._looked_at = version, bool(self.gamma.detach().abs().min() > _LEAST)
-        return self._looked_at[1]
+        known = _LOOKED_AT.get(self)
+        if known is None or known[0] != version:
+            known = _LOOKED_AT[self] = version, bool(self.gamma.detach().abs().min() > _LEAST)
+        return known[1]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shape = (-1, *[1] * self.dims)

@@ -73,7 +73,7 @@ class Segmenter(nn.Module):
     def _maps(self, x: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """Maps [B, D, h, w], each with the tokens [B, P, D] before the patches where there are some."""
         forward: Any = self.encoder.forward_intermediates
-        options = {"indices": self.indices, "norm": self.plain, "intermediates_only": True}
+        options: Any = {"indices": self.indices, "norm": self.plain, "intermediates_only": True}
         if self.plain and getattr(self.encoder, "num_prefix_tokens", 0):
             return [(y, prefix) for y, prefix in forward(x, return_prefix_tokens=True, **options)]
         return [(y, None) for y in forward(x, **options)]
