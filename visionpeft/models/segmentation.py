@@ -74,7 +74,7 @@ class Segmenter(nn.Module):
         """Maps [B, D, h, w], each with the tokens [B, P, D] before the patches where there are some."""
         forward: Any = self.encoder.forward_intermediates
         options: Any = {"indices": self.indices, "norm": self.plain, "intermediates_only": True}
-        if self.plain and getattr(self.encoder, "num_prefix_tokens", 0):
+        if self.plain and getattr(self.encoder, "num_prefix_tokens", None):
             return [(y, prefix) for y, prefix in forward(x, return_prefix_tokens=True, **options)]
         return [(y, None) for y in forward(x, **options)]
 
