@@ -41,9 +41,14 @@ def same_base() -> nn.Module:
     return vit()
 
 
-@pytest.mark.parametrize("method", [key for key, m in vp.METHODS.items() if not issubclass(m, PointMethod)])
-def test_round_trip(method, tmp_path):
-    model, tuner = adapted(method)
+ELSEWHERE = ("textual_inversion",)  # no words in a ViT; tests/reference/test_textual_inversion.py
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, m in vp.METHODS.items() if not issubclass(m, PointMethod) and key not in ELSEWHERE]
+)
+def test_round_trip(key, tmp_path):
+    model, tuner = adapted(vp.KronA(a1=4, a2=6) if key == "krona" else key)
     tuner.save(tmp_path / "cat.safetensors", licence="MIT", classes=["a", "b"])
     other = same_base()
     before = snapshot(other)
@@ -53,7 +58,7 @@ def test_round_trip(method, tmp_path):
     x = image()
     assert torch.equal(other(x), model(x))
     assert all(p.requires_grad for p in loaded.parameters())
-    if not method.startswith("binary"):  # of those a file has the bits only
+    if not key.startswith("binary"):  # of those a file has the bits only
         assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in tuner.state_dict().items())
     loaded.save(tmp_path / "again.safetensors", licence="MIT", classes=["a", "b"])
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "cat.safetensors").read_bytes()
