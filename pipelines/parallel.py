@@ -92,8 +92,8 @@ def serve() -> None:
 
     for line in sys.stdin:
         asked = json.loads(line)
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in asked["config"].items()}
-        news = attempt(job_of(asked["job"]).config(**fields), _Teller())
+        given: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in asked["config"].items()}
+        news = attempt(job_of(asked["job"]).config(**given), _Teller())
         _tell({"error": news} if isinstance(news, str) else {"result": asdict(news)})
 
 

@@ -73,8 +73,9 @@ def run(config: OneCell, progress: Progress | None = None) -> Result:
     job = job_of(config)
     result = Result(config.data_name, config.model, config.method, config.seed, measure=job.cell.measure,
                     folder=str(folder), versions=_versions() | {"processes": str(accelerator.num_processes)})
+    rows: list[dict[str, float]] = []
     if method_name(config.method) == "raw":
-        sections, rows = job.raw(config, result), []
+        sections = job.raw(config, result)
     else:
         sections, rows = _adapt(job, config, result, accelerator, progress)
     result.seconds = time.perf_counter() - begin
@@ -178,7 +179,8 @@ def sweep(plan: ManyCells, watch: Callable[[int, int, Any], Progress] | None = N
         return None if watch is None else watch(number, len(todo), config)
 
     news = {}
-    for config, what in side_by_side(todo, plan.jobs, begin) if (plan.jobs or 1) > 1 else _in_turn(todo, begin):
+    jobs = plan.jobs or 1
+    for config, what in side_by_side(todo, jobs, begin) if jobs > 1 else _in_turn(todo, begin):
         news[config] = what
         if done is not None:
             done(config, what)
