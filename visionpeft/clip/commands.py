@@ -12,7 +12,7 @@ from visionpeft.pipelines.zero_shot import Config as ZeroShot
 _ZERO_SHOT, _FEW_SHOT, _CONTRAST = ZeroShot(), FewShot(), Contrast()
 
 # Short enough for three minutes on two cores: fewer updates than the paper's at a higher rate.
-DEMO = replace(_ZERO_SHOT, data=("bundled?test=1000", "digits?test=500"), tune="clip_lora", iterations=120, lr=2e-3,
+DEMO = replace(_ZERO_SHOT, data=("bundled?test=1000", "digits?test=300"), tune="clip_lora", iterations=120, lr=2e-3,
                points=5)  # fmt: skip
 
 
