@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from visionpeft import lowrank
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.errors import MethodError, VisionPEFTError
+from visionpeft.methods.roles import attention_first
 from visionpeft.sites import Backbone, Site
 
 
@@ -51,10 +52,7 @@ class KronA(Method):
             raise MethodError(f"init={self.init!r}: expected 'normal' or 'kaiming'")
 
     def default_targets(self, backbone: Backbone) -> str:
-        """All projections of attention as in the paper; else the MLP layers, else every Linear."""
-        roles = {site.role for site in backbone.sites()}
-        choices = ("query key value attn_out", "qkv attn_out", "mlp_in mlp_out")
-        return next((t for t in choices if set(t.split()) <= roles), "linear")
+        return attention_first(backbone)
 
     def refuses(self, site: Site, module: nn.Module) -> str | None:
         if (reason := super().refuses(site, module)) is not None:

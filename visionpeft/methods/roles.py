@@ -16,3 +16,10 @@ def there(method: object, backbone: Backbone, roles: str) -> str:
     if not (found := [role for role in roles.split() if role in known]):
         raise SiteError(f"{type(method).__name__} adapts linear sites of the roles {roles}: there are none here")
     return " ".join(found)
+
+
+def attention_first(backbone: Backbone) -> str:
+    """All projections of attention; else the MLP layers, else every Linear."""
+    known = {site.role for site in backbone.sites()}
+    choices = ("query key value attn_out", "qkv attn_out", "mlp_in mlp_out")
+    return next((roles for roles in choices if set(roles.split()) <= known), "linear")

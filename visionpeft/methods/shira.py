@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from visionpeft import activation, binding
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.errors import MergeError, MethodError, SiteError
+from visionpeft.methods.roles import attention_first
 from visionpeft.sites import Backbone, Site
 from visionpeft.tuner import Tuner
 
@@ -50,10 +51,7 @@ class SHiRA(Method):
             raise MethodError(f"mask={self.mask!r}: expected one of {', '.join(MASKS)}")
 
     def default_targets(self, backbone: Backbone) -> str:
-        """All projections of attention; else the MLP layers, else every Linear."""
-        roles = {site.role for site in backbone.sites()}
-        choices = ("query key value attn_out", "qkv attn_out", "mlp_in mlp_out")
-        return next((t for t in choices if set(t.split()) <= roles), "linear")
+        return attention_first(backbone)
 
     def refuses(self, site: Site, module: nn.Module) -> str | None:
         if (reason := super().refuses(site, module)) is not None:

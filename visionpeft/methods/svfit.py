@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from visionpeft import binding
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.errors import SiteError
+from visionpeft.methods.roles import attention_first
 from visionpeft.sites import Backbone, Site
 
 
@@ -34,10 +35,7 @@ class SVFit(Method):
     rank: int = 768
 
     def default_targets(self, backbone: Backbone) -> str:
-        """All projections of attention; else the MLP layers, else every Linear."""
-        roles = {site.role for site in backbone.sites()}
-        choices = ("query key value attn_out", "qkv attn_out", "mlp_in mlp_out")
-        return next((t for t in choices if set(t.split()) <= roles), "linear")
+        return attention_first(backbone)
 
     def refuses(self, site: Site, module: nn.Module) -> str | None:
         if (reason := super().refuses(site, module)) is not None:
