@@ -50,12 +50,13 @@ def timm_model(name: str, size: int, **arguments: Any) -> Callable[[int], tuple[
 
 
 def clip_model(name: str, **text: Any) -> Callable[[int], tuple[nn.Module, Batch]]:
-    """Both towers; tokens take no gradient, the images do."""
+    """Both towers; the gradient reaches the images and, since tokens take none, the embedded text."""
 
     def make(batch: int) -> tuple[nn.Module, Batch]:
         import open_clip
 
         model = open_clip.create_model(name)
+        model.token_embedding.register_forward_hook(lambda m, i, y: y if y.requires_grad else y.requires_grad_())
         size, length = model.visual.image_size[0], model.context_length
         images = torch.randn(batch, 3, size, size, requires_grad=True)
         return model, ((images, torch.randint(1, 999, (batch, length))), {})
