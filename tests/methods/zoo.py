@@ -151,6 +151,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "linear_adapter": ("vit",),
     "binary_adaptformer": ("vit",),
     "binary_lora": ("vit", "encoder"),
+    "block_lora": ("vit", "clip"),
     "difffit": ("vit", "swinv2", "resnet", "clip"),
     "krona": ("vit", "swinv2", "clip"),
     "orthogonal": ("vit", "clip"),

@@ -26,6 +26,7 @@ BASE = {  # ViT-B/16, without head
     "linear adapter": (M.LinearAdapter(), 2 * 12 * (8 * 2 * 768 + 8 + 768)),
     "binary adaptformer": (M.BinaryAdaptFormer(), 589_824),
     "binary lora": (M.BinaryLoRA(), 1_179_648),
+    "block lora": (M.BlockLoRA(rank=8, blocks=2), 24 * (8 * 768 + 4 * 768)),
     "noah": (M.NOAH(), 12 * (5 * 4 * 768 + 2 * 5 * 768 + 5 + 768 + 5 * 768)),
     "noah by block": (M.NOAH(lora=(10,) * 6 + (0,) * 6, adapter=0, prompts=(1,) * 12), 6 * 10 * 4 * 768 + 12 * 768),
 }

@@ -2,6 +2,7 @@
 
 from visionpeft.adapter import Method
 from visionpeft.methods.binary import BinaryAdaptFormer, BinaryLoRA
+from visionpeft.methods.block_lora import BlockLoRA
 from visionpeft.methods.bottleneck import AdaptFormer, Houlsby, Pfeiffer
 from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
@@ -55,6 +56,7 @@ METHODS: dict[str, type[Method]] = {
         NOAH,
         BinaryAdaptFormer,
         BinaryLoRA,
+        BlockLoRA,
         LinearAdapter,
         LinearProbe,
         FullFineTuning,
