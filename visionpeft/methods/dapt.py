@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionpeft import backbones
 from visionpeft.adapter import Adapter, factory
 from visionpeft.methods.points import MoreColumns, PoolMore, Slot, WiderHead, stages
 from visionpeft.methods.ssf import SSF
@@ -59,6 +60,7 @@ class DAPT(WiderHead):
         slots: dict[str, Slot] = {site.path: Slot() for site in sites if site.kind == "block"}
         first, feature = next(iter(slots)), Slot()
         width = next(site.shape[0] for site in sites if site.kind == "block")
+        front = backbones.prefix_tokens(backbone.roots[""]) or 0
         found: dict[Site, Adapter] = {}
         for site in sites:
             module = backbone.module(site.path)
@@ -67,7 +69,7 @@ class DAPT(WiderHead):
                 found[site] = DynamicAdapter(self, slots[site.path], site.shape[0], **factory(module))
             elif site.kind == "block":
                 keeps = site.path == first
-                found[site] = InternalPrompt(slots[site.path], keeps, site.shape[0], **factory(module))
+                found[site] = InternalPrompt(slots[site.path], keeps, front, site.shape[0], **factory(module))
             elif site.role == "pool":
                 found[site] = PromptsPool(feature, len(slots))
             elif site.role == "tokens":
@@ -102,9 +104,9 @@ class Scaled(Adapter):
 class InternalPrompt(Scaled):
     """Puts the block's prompt behind the class token; leaves positions out but in the first block."""
 
-    def __init__(self, slot: Slot, first: bool, width: int, **kw: Any) -> None:
+    def __init__(self, slot: Slot, first: bool, front: int, width: int, **kw: Any) -> None:
         super().__init__(width, **kw)
-        self.slot, self.first = slot, first
+        self.slot, self.first, self.front = slot, first, front
 
     def arguments(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
         positions, centres = rest
@@ -112,7 +114,7 @@ class InternalPrompt(Scaled):
 
     def after(self, y: Tensor) -> Tensor:
         prompt = self.slot.take().to(y.dtype)
-        return torch.cat([y[:, :1], self.scaled(prompt), y[:, 1:]], 1)
+        return torch.cat([y[:, : self.front], self.scaled(prompt), y[:, self.front :]], 1)
 
 
 class DynamicAdapter(Adapter):

@@ -44,10 +44,12 @@ class IDPT(WiderHead):
         return [super().choose(backbone)[-1], *self.head(backbone)]
 
     def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
-        block, pool, first = sites
+        block, *head = sites
         slot, width, kw = Slot(), block.shape[0], factory(backbone.module(block.path))
-        columns = MoreColumns(slot, first.shape[0], width, **kw)
-        return {block: DynamicPrompt(self, width, **kw), pool: PromptPool(slot), first: columns}
+        found: dict[Site, Adapter] = {block: DynamicPrompt(self, width, **kw)}
+        for pool, first in [head] if head else []:
+            found |= {pool: PromptPool(slot), first: MoreColumns(slot, first.shape[0], width, **kw)}
+        return found
 
 
 class PromptPool(PoolMore):

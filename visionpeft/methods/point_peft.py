@@ -155,12 +155,14 @@ class Geometry(Bottleneck):
         self.register_buffer("var", torch.ones(width, **kw))
 
     def arguments(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
-        positions, self._centres = rest
-        x = add_positions(x, positions)
+        positions, centres = rest
+        self._centres = centres
+        front = x.shape[1] - centres.shape[1]
+        x = add_positions(x, positions, front)
         if not self.tokens:
-            return x, None, self._centres
+            return x, None, centres
         prompts = F.dropout(self.prompts.to(x.dtype).expand(len(x), -1, -1), self.dropout, self.training)
-        return torch.cat([x[:, :1], prompts, x[:, 1:]], 1), None, self._centres
+        return torch.cat([x[:, :front], prompts, x[:, front:]], 1), None, centres
 
     def after(self, y: Tensor) -> Tensor:
         centres, self._centres = self._centres, None
@@ -168,7 +170,7 @@ class Geometry(Bottleneck):
         at = -centres.shape[1]
         y = torch.cat([y[:, :at], self.geometry(y[:, at:], centres)], 1)
         y = y + self.bottleneck(y)
-        return torch.cat([y[:, :1], y[:, 1 + self.tokens :]], 1)
+        return torch.cat([y[:, : at - self.tokens], y[:, at:]], 1)
 
     def geometry(self, x: Tensor, centres: Tensor) -> Tensor:
         """Patches x (B, G, D) with what their surroundings say."""

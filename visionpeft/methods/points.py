@@ -64,7 +64,8 @@ class WiderHead(PointMethod):
     """A method whose classifier takes three features: two as before and one more.
 
     The first weight of the classifier keeps its shape; the columns of the new feature stand beside it, as an adapter.
-    In the papers the classifier learns: `train="head"`.
+    In the papers the classifier learns: `train="head"`. A model that tells parts apart has nothing to pool: there the
+    prompts act on the patches through the blocks alone.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"block", "branch", "stage", "linear", "norm"})
@@ -75,7 +76,10 @@ class WiderHead(PointMethod):
         Raises:
             SiteError: the model has no class token in front or no classifier.
         """
-        if not backbone.heads() or backbones.prefix_tokens(backbone.roots.get("", nn.Module())) != 1:
+        front = backbones.prefix_tokens(backbone.roots.get("", nn.Module()))
+        if front == 0:
+            return []
+        if not backbone.heads() or front != 1:
             raise SiteError(f"{type(self).__name__} needs a classifier of the Point-MAE kind: one class token, a head")
         first = f"{backbone.heads()[0]}.0"
         return [*stages(backbone, "pool"), *(s for s in backbone.sites() if s.path == first and not s.part)]

@@ -127,7 +127,8 @@ class BeforeBlock(Adapter):
     def arguments(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
         positions, centres = rest
         x = add_positions(x, positions)
-        front, patches, prompts = x[:, :1], x[:, 1 : -self.tokens], x[:, -self.tokens :]
+        at = x.shape[1] - centres.shape[1]
+        front, patches, prompts = x[:, :at], x[:, at : -self.tokens], x[:, -self.tokens :]
         patches, prompts = patches + self.shared.run(0, patches), prompts + self.shared.run(1, prompts)
         return torch.cat([front, patches, prompts], 1), None, centres
 

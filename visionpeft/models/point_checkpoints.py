@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from visionpeft.errors import VisionPEFTError
 
 PREFIXES = ("MAE_encoder.", "ACT_encoder.", "GPT_Transformer.", "transformer_q.", "base_model.")
-HEADS = ("cls_token", "cls_pos", "cls_head_finetune", "cls_norm", "blocks.cls_head_finetune", "blocks.cls_norm")
+HEADS = ("cls_token", "cls_pos", "cls_head_finetune", "cls_norm", "blocks.cls_head_finetune", "blocks.cls_norm",
+         "label_conv", "propagation_0", "convs1", "bns1", "convs2", "bns2", "convs3")
 """What a pre-trained file may lack."""
 
 

@@ -145,8 +145,8 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def add_positions(x: Tensor, positions: Tensor | None) -> Tensor:
-    """Tokens x (B, T, D) plus positions (B, P, D) of the class token and the last P - 1.
+def add_positions(x: Tensor, positions: Tensor | None, front: int = 1) -> Tensor:
+    """Tokens x (B, T, D) plus positions (B, P, D) of the class token (the first `front`) and of the last P - `front`.
 
     Tokens between these (prompts, which stand behind the class token) have no position.
     """
@@ -155,7 +155,13 @@ def add_positions(x: Tensor, positions: Tensor | None) -> Tensor:
     more = x.shape[1] - positions.shape[1]
     if more == 0:
         return x + positions
-    return torch.cat([x[:, :1] + positions[:, :1], x[:, 1 : 1 + more], x[:, 1 + more :] + positions[:, 1:]], 1)
+    back = front + more
+    return torch.cat([x[:, :front] + positions[:, :front], x[:, front:back], x[:, back:] + positions[:, front:]], 1)
+
+
+def in_front(positions: Tensor | None, centres: Tensor | None) -> int:
+    """How many positions are not of patches with a centre: one class token, or none where parts are told apart."""
+    return 1 if positions is None or centres is None else min(1, positions.shape[1] - centres.shape[1])
 
 
 class Block(nn.Module):
@@ -174,7 +180,7 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, positions: Tensor | None = None, centres: Tensor | None = None) -> Tensor:
-        x = add_positions(x, positions)
+        x = add_positions(x, positions, in_front(positions, centres))
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -227,22 +233,34 @@ def reset(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class PointTransformer(nn.Module):
-    """Classifier of clouds (B, N, 3) -> (B, num_classes); `forward_features` gives the normed tokens (B, 1 + G, D)."""
+class PointEncoder(nn.Module):
+    """What classifiers of clouds and of their points have in common: groups, their tokens and positions, blocks."""
 
-    def __init__(self, architecture: Architecture, num_classes: int) -> None:
+    def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         a = self.architecture = architecture
-        self.num_classes = num_classes
         self.group_divider = Group(a.groups, a.group_size)
         self.encoder = MiniPointNet(a.hidden, a.encoder)
         if a.encoder != a.width:
             self.reduce_dim = nn.Linear(a.encoder, a.width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, a.width))
-        self.cls_pos = nn.Parameter(torch.zeros(1, 1, a.width))
         self.pos_embed = position_mlp(a.width)
         self.blocks = TransformerEncoder(a.width, a.depth, a.heads, a.drop_path)
         self.norm = nn.LayerNorm(a.width)
+
+    def tokens(self, neighbourhoods: Tensor) -> Tensor:
+        """Groups (B, G, K, 3) -> tokens (B, G, D)."""
+        x = self.encoder(neighbourhoods)
+        return self.reduce_dim(x) if hasattr(self, "reduce_dim") else x
+
+
+class PointTransformer(PointEncoder):
+    """Classifier of clouds (B, N, 3) -> (B, num_classes); `forward_features` gives the normed tokens (B, 1 + G, D)."""
+
+    def __init__(self, architecture: Architecture, num_classes: int) -> None:
+        super().__init__(architecture)
+        a, self.num_classes = architecture, num_classes
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, a.width))
+        self.cls_pos = nn.Parameter(torch.zeros(1, 1, a.width))
         self.pool = Pool(a.width)
         self.cls_head_finetune = make_head(a.head, a.width, a.head_width, num_classes)
         self.apply(reset)
@@ -258,11 +276,6 @@ class PointTransformer(nn.Module):
         like = self.cls_token
         self.cls_head_finetune = make_head(a.head, a.width, a.head_width, num_classes).apply(reset)
         self.cls_head_finetune.to(like.device, like.dtype)
-
-    def tokens(self, neighbourhoods: Tensor) -> Tensor:
-        """Groups (B, G, K, 3) -> tokens (B, G, D)."""
-        x = self.encoder(neighbourhoods)
-        return self.reduce_dim(x) if hasattr(self, "reduce_dim") else x
 
     def forward_features(self, points: Tensor) -> Tensor:
         check_cloud(points)
