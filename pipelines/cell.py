@@ -19,7 +19,7 @@ from visionpeft.pipelines.settings import Config, Result
 from visionpeft.report.classification import predictions
 from visionpeft.training import Feed, History, Recipe, features, fit, make_feed, predict_logits, score
 from visionpeft.training.cost import peak_memory, reset_peak_memory
-from visionpeft.training.recipe import Criterion, Mixing, make_criterion, make_mixup
+from visionpeft.training.recipe import Criterion, Mixing, RecipeError, make_criterion, make_mixup
 
 MOST_CLASSES = 100
 """Confusion matrices of more classes are not kept."""
@@ -101,10 +101,18 @@ class BaseCell:
         self.history = fit(
             self.trained, feed, self.recipe, self.accelerator, self.criterion(part), seed=self.config.seed,
             mixup=self.mixup(), folder=folder, evaluate=evaluate, evaluate_every=max(evaluate_test_every, 1),
-            progress=progress, checkpoint_seconds=self.config.checkpoint_seconds)
+            progress=progress, checkpoint_seconds=self.config.checkpoint_seconds, consistency=self._consistency())
         self.peak_memory = peak_memory(self.accelerator.device)
         if self.history.resumed_at:
             self.notes.append(f"resumed after {self.history.resumed_at} updates")
+
+    def _consistency(self) -> float:
+        """Weight of the method's own term of the loss; of all methods MoSA has one."""
+        weight: float = getattr(self.tuner.method, "consistency", 0.0)
+        if weight and self.splits.multi_label:
+            raise RecipeError("MoSA's consistency compares softmaxes, which multi-label data have none of: write "
+                              "mosa:consistency=0")
+        return weight
 
     def _evaluate_test(self, module: nn.Module) -> dict[str, float]:
         return {f"test_{self.measure}": self.score("test", module)[self.measure]}

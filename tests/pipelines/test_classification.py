@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from visionpeft.pipelines.cell import Cell, load_splits
 from visionpeft.pipelines.classification import Config, run
 from visionpeft.pipelines.recipes import plan_for
 from visionpeft.training import TensorFeed, make_accelerator, runs
+from visionpeft.training.recipe import RecipeError
 
 
 def test_a_run_folder_is_complete(config: Config) -> None:
@@ -59,6 +61,26 @@ def test_the_adapter_file_gives_the_same_model(config: Config) -> None:
     vp.load(cell.model, config.folder / "adapter.safetensors")
     accuracy = float((cell.logits("test").argmax(1).numpy() == splits.test.labels).mean())
     assert accuracy == pytest.approx(json.loads((config.folder / "result.json").read_text())["accuracy"])
+
+
+def test_mosa_trains_with_its_own_term(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, fit = [], cell_module.fit
+
+    def watched(*args: Any, **options: Any) -> Any:
+        asked.append(options["consistency"])
+        return fit(*args, **options)
+
+    monkeypatch.setattr(cell_module, "fit", watched)
+    for method in ("mosa:hidden=4", "mosa:hidden=4,consistency=0.5", "lora:rank=2"):
+        run(make(method=method, epochs=1))
+    assert asked == [1.0, 0.5, 0.0]
+
+
+def test_mosas_term_is_not_for_multi_label_data(make: Any) -> None:
+    cell = Cell(make(method="mosa:hidden=4"), plan_for(make(method="mosa")), make_accelerator())
+    cell.splits = SimpleNamespace(multi_label=True)  # type: ignore[assignment]
+    with pytest.raises(RecipeError, match="mosa:consistency=0"):
+        cell._consistency()
 
 
 def test_the_same_seed_gives_the_same_bits(config: Config, make: Any) -> None:

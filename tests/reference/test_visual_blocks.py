@@ -156,12 +156,13 @@ def test_mosas_split_follows_the_seed_and_differs_between_blocks():
     assert not torch.equal(one[0], one[1]) and not torch.equal(one[0], other[0])
 
 
-def test_mosas_consistency_is_the_symmetric_kl():
-    a, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
-    p, q = a.softmax(-1), b.softmax(-1)
-    expected = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean() / 2
-    assert_equal(consistency(a, b)[None], expected[None])
-    assert consistency(a, a) == 0
+@pytest.mark.parametrize("pixels", [(), (4, 2)], ids=["classes", "masks"])
+def test_mosas_consistency_is_the_symmetric_kl(pixels):
+    a, b = torch.randn(2, 3, 5, *pixels, dtype=torch.float64)
+    p, q = a.softmax(1), b.softmax(1)
+    apart = ((p * (p / q).log()).sum(1) + (q * (q / p).log()).sum(1)) / 2
+    assert_equal(consistency(a, b), apart.mean((1, 2)) if pixels else apart)
+    assert not consistency(a, a).any()
 
 
 # ---- Rein -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from visionpeft.training import DivergedError, History, Recipe, TensorFeed, fit, make_accelerator
 from visionpeft.training.checkpoint import CheckpointError
-from visionpeft.training.recipe import make_criterion, make_mixup
+from visionpeft.training.order import seed_all, updates
+from visionpeft.training.recipe import make_criterion, make_mixup, make_optimizer, make_scheduler
 
 RECIPE = Recipe(lr=1e-2, epochs=3, batch_size=16, warmup_epochs=1, schedule="update")
 FULL = replace(RECIPE, ema=0.9, mixup=0.5, cutmix=0.5, accumulation=2, clip=1.0, label_smoothing=0.1)
@@ -75,6 +76,26 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"half of a")
     with pytest.raises(CheckpointError, match="checkpoint.pt"):
         train(folder=tmp_path)
+
+
+def test_consistency_is_added_from_a_second_forward() -> None:
+    """One update by hand: cross-entropy of the first forward and w (KL(p | q) + KL(q | p)) / 2 of both."""
+    recipe = replace(RECIPE, epochs=1, warmup_epochs=0, batch_size=70, optimizer="sgd")
+    found, history = train(recipe, consistency=0.7)
+    model, feed = small_model().train(), small_feed()
+    order = updates(70, recipe, 5, 0, 0, 1)[0].pieces[0]
+    seed_all(5, 0, 0, 1)  # as the loop draws its dropout
+    a, b = model(feed.inputs[order]), model(feed.inputs[order])
+    p, q = a.softmax(1), b.softmax(1)
+    apart = ((p * (p / q).log()).sum(1) + (q * (q / p).log()).sum(1)) / 2
+    loss = (nn.functional.cross_entropy(a, feed.targets[order], reduction="none") + 0.7 * apart).mean()
+    optimizer = make_optimizer(model, recipe)
+    make_scheduler(optimizer, recipe, 1).step_update(0)
+    loss.backward()
+    optimizer.step()
+    assert apart.mean() > 0.01
+    assert history.rows[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(found.parameters(), model.parameters(), strict=True))
 
 
 def test_accumulation_gives_the_same_update() -> None:

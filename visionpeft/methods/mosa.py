@@ -5,7 +5,8 @@ r"""MoSA, mixture of sparse adapters (Zhang et al. 2023, arXiv 2312.02923; offic
 Down is shared; Up (D, hidden) and its bias are split at random into `experts` parts of equal size that do not overlap.
 In training each forward uses one part, drawn at random, and only it learns; outside training all parts act together.
 Since every expert starts at zero, this one matrix is the exact merge of the experts: each part is whole, where the
-official merge divides by their number. The paper adds a symmetric KL term between two forwards: `consistency`.
+official merge divides by their number. The paper adds to the loss a symmetric KL term between two forwards of a batch,
+the function `consistency`: the jobs of visionpeft.pipelines do so, a training loop of one's own has to.
 Identity at the start. Does not merge into the MLP: a non-linearity stands between.
 """
 
@@ -34,6 +35,7 @@ class MoSA(Method):
         scale: factor of the branch.
         dropout: probability, before Up.
         seed: of the split.
+        consistency: weight of the term of that name in the loss of visionpeft.pipelines, which costs a second forward.
     """
 
     key: ClassVar[str] = "mosa"
@@ -44,6 +46,7 @@ class MoSA(Method):
     scale: float = 0.1
     dropout: float = 0.1
     seed: int = 0
+    consistency: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,9 +109,10 @@ class MoSAAdapter(Adapter):
 
 
 def consistency(a: Tensor, b: Tensor) -> Tensor:
-    """The paper's term for two forwards of the same batch: mean over samples of (KL(a | b) + KL(b | a)) / 2.
+    """The paper's term for two forwards of the same batch: (KL(a | b) + KL(b | a)) / 2 of each sample, (B).
 
-    a, b (B, classes), logits. It is added to the loss with weight 1.
+    a, b (B, classes, ...), logits; where there is a class for every pixel, the mean over pixels.
     """
-    p, q = a.log_softmax(-1), b.log_softmax(-1)
-    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
+    p, q = a.log_softmax(1), b.log_softmax(1)
+    apart = ((p.exp() - q.exp()) * (p - q)).sum(1) / 2
+    return apart.reshape(len(a), -1).mean(1)

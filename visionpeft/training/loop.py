@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from visionpeft.errors import VisionPEFTError, require
+from visionpeft.methods.mosa import consistency as apart
 from visionpeft.training import checkpoint, runs
 from visionpeft.training.feed import Feed
 from visionpeft.training.order import Update, seed_all, updates
@@ -47,7 +48,7 @@ class History:
 def fit(model: nn.Module, feed: Feed, recipe: Recipe, accelerator: Any, criterion: Criterion, *, seed: int = 0,
         mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None, folder: Path | None = None,
         evaluate: Evaluate | None = None, evaluate_every: int = 1, progress: Progress | None = None,
-        checkpoint_seconds: float = 60.0) -> History:
+        checkpoint_seconds: float = 60.0, consistency: float = 0.0) -> History:
     """Train in place what requires grad in `model`.
 
     Args:
@@ -60,12 +61,13 @@ def fit(model: nn.Module, feed: Feed, recipe: Recipe, accelerator: Any, criterio
         evaluate: gives extra columns for the epoch's row, every `evaluate_every` epochs and after the last.
         progress: called after each update with (updates done, all updates, loss).
         checkpoint_seconds: least time between two checkpoints; several processes write at ends of epochs only.
+        consistency: weight of the symmetric KL between the logits of two forwards, which MoSA adds to the loss.
 
     Raises:
         DivergedError: the loss is not finite; nothing has been updated with it.
         CheckpointError: the checkpoint is unreadable or of another run.
     """
-    run = _Run(model, feed, recipe, accelerator, criterion, seed, mixup, folder, checkpoint_seconds)
+    run = _Run(model, feed, recipe, accelerator, criterion, seed, mixup, folder, checkpoint_seconds, consistency)
     try:
         for epoch in range(run.start_epoch, recipe.epochs):
             run.epoch(epoch, progress)
@@ -80,9 +82,9 @@ class _Run:
     """The state of one `fit`."""
 
     def __init__(self, model: nn.Module, feed: Feed, recipe: Recipe, accelerator: Any, criterion: Criterion,
-                 seed: int, mixup: Any, folder: Path | None, checkpoint_seconds: float) -> None:
+                 seed: int, mixup: Any, folder: Path | None, checkpoint_seconds: float, consistency: float) -> None:
         self.model, self.feed, self.recipe, self.accelerator = model, feed, recipe, accelerator
-        self.criterion, self.seed, self.mixup = criterion, seed, mixup
+        self.criterion, self.seed, self.mixup, self.consistency = criterion, seed, mixup, consistency
         self.folder, self.checkpoint_seconds = folder, checkpoint_seconds
         self.per_epoch = recipe.updates_per_epoch(len(feed))
         model.to(accelerator.device)
@@ -156,6 +158,10 @@ class _Run:
         with self.accelerator.autocast():
             logits = self.wrapped(mixed[0])
         losses = self.criterion(logits, mixed[1])
+        if self.consistency:
+            with self.accelerator.autocast():
+                again = self.wrapped(mixed[0])
+            losses = losses + self.consistency * apart(logits.float(), again.float())
         if not piece:
             losses = losses * 0.0
         value = float(losses.detach().sum())
