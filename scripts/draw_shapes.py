@@ -16,7 +16,8 @@ import numpy as np
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SIDE = 64
-PARTS = {"train": 240, "test": 80, "shift": 40}
+PARTS = {"train": (240, [0, 0]), "test": (80, [1, 1]), "shift": (40, [1, 2])}
+"""Number of images and seed. Test and shift were drawn anew after an earlier pair of them had been looked at."""
 Field = np.ndarray  # float [SIDE, SIDE]
 
 
@@ -101,8 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ASSETS / "textured_shapes.npz")
     args = parser.parse_args(arguments)
     arrays: dict[str, np.ndarray] = {"classes": np.array(list(TEXTURES))}
-    for number, (part, count) in enumerate(PARTS.items()):
-        rng = np.random.default_rng([0, number])
+    for part, (count, seed) in PARTS.items():
+        rng = np.random.default_rng(seed)
         coarse, contrast = (1.3, 0.5) if part == "shift" else (1.0, 1.0)
         drawn = [draw(rng, coarse, contrast) for _ in range(count)]
         arrays[f"{part}_x"], arrays[f"{part}_mask"] = (np.stack(what) for what in zip(*drawn, strict=True))
