@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visionpeft.data.cloud_files import SUFFIXES
+from visionpeft.data.cloud_files import SUFFIXES, read_npz
 from visionpeft.data.clouds import CloudArray, CloudFiles
 from visionpeft.data.sets import ImageSet, existing
 from visionpeft.errors import DataError
@@ -66,11 +66,10 @@ def unlabelled(data: str) -> ImageSet:
         if not files:
             raise DataError(f"{path}: no clouds here ({' '.join(SUFFIXES)})")
         return ImageSet(CloudFiles(files), np.zeros(len(files), dtype=np.int64))
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            points = file[next(key for key in ("points", "xyz") if key in file)]
-    except (OSError, ValueError, StopIteration) as error:
-        raise DataError(f"{path}: no npz with an array points or xyz ({error})") from error
+    arrays = read_npz(path)
+    points = next((arrays[key] for key in ("points", "xyz") if key in arrays), None)
+    if points is None:
+        raise DataError(f"{path}: no array points or xyz; there are {', '.join(arrays)}")
     return ImageSet(CloudArray(points, path.name), np.zeros(len(points), dtype=np.int64))
 
 

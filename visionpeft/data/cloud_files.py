@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,24 @@ def read_cloud(path: str | Path) -> np.ndarray:
         points = np.asarray(reader(path), dtype=np.float32)
     except DataError:
         raise
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    except (OSError, ValueError, IndexError, KeyError, EOFError) as error:
         raise DataError(f"{path}: cannot be read as a cloud: {error}") from error
     return checked(points, str(path))
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz.
+
+    Raises:
+        DataError: truncated or no npz, or pickled, with the command that helps.
+    """
+    if not zipfile.is_zipfile(path) and path.read_bytes()[:1] in (b"\x80", b"("):
+        raise DataError(f"{path} is a pickle, which could run anything: `visionpeft points convert` makes an npz of it")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: truncated, or no npz of plain arrays: {error}") from error
 
 
 def checked(points: np.ndarray, name: str) -> np.ndarray:
@@ -66,14 +83,13 @@ def _text(path: Path) -> np.ndarray:
 
 
 def _array(path: Path) -> np.ndarray:
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
-        named = [k for k in ("points", "xyz") if k in loaded] or [k for k in loaded if loaded[k].ndim == 2]
-        if not named:
-            raise DataError(f"{path}: no array of points among {', '.join(loaded)}")
-        return loaded[named[0]]
+    if path.suffix.lower() == ".npy":
+        return np.load(path, allow_pickle=False)
+    loaded = read_npz(path)
+    named = [k for k in ("points", "xyz") if k in loaded] or [k for k in loaded if loaded[k].ndim == 2]
+    if not named:
+        raise DataError(f"{path}: no array of points among {', '.join(loaded)}")
+    return loaded[named[0]]
 
 
 def _off(path: Path) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from visionpeft.data.cloud_files import PICKLES, SUFFIXES, checked, read_cloud
+from visionpeft.data.cloud_files import PICKLES, SUFFIXES, checked, read_cloud, read_npz
 from visionpeft.data.sets import ImageSet, Splits, existing
 from visionpeft.data.splitting import complete
 from visionpeft.errors import DataError, require
@@ -117,11 +117,7 @@ def _bundled(seed: int) -> Splits:
 
 def _npz(path: Path, seed: int) -> Splits:
     """`{train,test}_points` and `_label`, or `points` (`xyz`), `label` and perhaps `is_train`; label -1 is left out."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no readable npz of plain arrays: {error}") from error
+    arrays = read_npz(path)
     names = next((list(map(str, arrays[key])) for key in ("classes", "label_names") if key in arrays), None)
     if "train_points" in arrays:
         parts = [_labelled(arrays, part, path) for part in ("train", "test")]

@@ -79,6 +79,26 @@ MAKERS: dict[str, Callable[[Rng], list[Box]]] = {
 }  # fmt: skip
 
 
+PARTS: dict[str, tuple[tuple[str, int], ...]] = {
+    "armchair": (("seat", 1), ("back", 1), ("arms", 4), ("legs", 4)),
+    "bed": (("mattress", 1), ("head", 1), ("foot", 1), ("legs", 4)),
+    "cabinet": (("boards", 2), ("sides", 2), ("doors", 2)),
+    "chair": (("seat", 1), ("back", 1), ("legs", 4)),
+    "lamp": (("base", 1), ("rod", 1), ("shade", 1)),
+    "shelf": (("boards", 0), ("sides", 2)),
+    "stool": (("seat", 1), ("rungs", 2), ("legs", 4)),
+    "table": (("top", 1), ("legs", 4)),
+}  # fmt: skip
+"""What the boxes of a class are, in the order in which they are made: part and number, 0 for all that is left."""
+
+
+def _part_of(name: str, boxes: int) -> np.ndarray:
+    """For each box which part of its class it is."""
+    counts = np.array([count for _, count in PARTS[name]])
+    counts[counts == 0] = boxes - counts.sum()
+    return np.repeat(np.arange(len(counts)), counts)
+
+
 def _points(box: Box, count: int, rng: Rng) -> np.ndarray:
     """`count` points on the six sides of a box."""
     centre, size = np.array(box[0], dtype=np.float64), np.array(box[1], dtype=np.float64)
@@ -91,27 +111,45 @@ def _points(box: Box, count: int, rng: Rng) -> np.ndarray:
 
 def make(name: str, rng: Rng, count: int = 1024) -> np.ndarray:
     """One cloud [count, 3] of a class, centred and within the unit sphere."""
+    return _make(name, rng, count)[0]
+
+
+def _make(name: str, rng: Rng, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A cloud, and which part of its class each point belongs to [count]."""
     boxes = MAKERS[name](rng)
     weights = np.array([np.prod(np.sort(box[1])[1:]) for box in boxes]) * rng.uniform(0.5, 2.0, len(boxes))
     chosen = rng.choice(len(boxes), 2 * count, p=weights / weights.sum())
-    points = np.concatenate([_points(box, int((chosen == i).sum()), rng) for i, box in enumerate(boxes)])
+    counts = np.bincount(chosen, minlength=len(boxes))
+    points = np.concatenate([_points(box, int(n), rng) for box, n in zip(boxes, counts, strict=True)])
+    parts = np.repeat(_part_of(name, len(boxes)), counts)
     turn = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(turn), np.sin(turn)
     points = points @ np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
     points += rng.normal(0, rng.uniform(0.005, 0.03), points.shape)
     direction = rng.normal(size=3)
     along = points @ (direction / np.linalg.norm(direction))
-    points = points[np.argsort(along)[: int(len(points) * rng.uniform(0.65, 1.0))]]  # the farthest piece is missing
-    points = points[rng.permutation(len(points))[:count]]
-    points = points - points.mean(0)
-    return (points / np.linalg.norm(points, axis=1).max()).astype(np.float32)
+    kept = np.argsort(along)[: int(len(points) * rng.uniform(0.65, 1.0))]  # the farthest piece is missing
+    kept = kept[rng.permutation(len(kept))[:count]]
+    points = points[kept] - points[kept].mean(0)
+    return (points / np.linalg.norm(points, axis=1).max()).astype(np.float32), parts[kept]
 
 
 def made(per_class: tuple[int, int] = (40, 40), seed: int = 0) -> dict[str, np.ndarray]:
-    """Train and test clouds and labels, the same for the same seed on every machine."""
+    """Train and test clouds, labels and parts of points, the same for the same seed on every machine.
+
+    Parts are numbered through all classes, as `part_names` lists them.
+    """
     found: dict[str, np.ndarray] = {}
+    first = dict(zip(MAKERS, np.cumsum([0, *(len(PARTS[name]) for name in MAKERS)]), strict=False))
     for part, count in zip(("train", "test"), per_class, strict=True):
         rng = np.random.default_rng((seed, part == "test"))
-        found[f"{part}_points"] = np.stack([make(name, rng) for name in MAKERS for _ in range(count)])
+        clouds = [(name, *_make(name, rng, 1024)) for name in MAKERS for _ in range(count)]
+        found[f"{part}_points"] = np.stack([points for _, points, _ in clouds])
+        found[f"{part}_part"] = np.stack([first[name] + parts for name, _, parts in clouds])
         found[f"{part}_label"] = np.repeat(np.arange(len(MAKERS)), count)
     return found
+
+
+def part_names() -> list[str]:
+    """Names of all parts, class after class."""
+    return [f"{name} {part}" for name in MAKERS for part, _ in PARTS[name]]

@@ -33,9 +33,10 @@ def drawn_from(points: int) -> int:
 
 
 def ordered(clouds: Any, count: int, batch: int = 64) -> Tensor:
-    """Clouds (a `visionpeft.data.ImageSet` of arrays) as float32 (N, count, 3), each in farthest-point order.
+    """Clouds (a `visionpeft.data.ImageSet` of arrays) as float32 (N, count, C), each in farthest-point order.
 
-    The first n of it are what farthest-point sampling to n gives. Clouds of fewer points begin again.
+    The first n of it are what farthest-point sampling to n gives. Clouds of fewer points begin again. Columns behind
+    x y z go with their points.
     """
     parts: list[Tensor] = []
     waiting: list[np.ndarray] = []
@@ -51,7 +52,7 @@ def ordered(clouds: Any, count: int, batch: int = 64) -> Tensor:
 def _sampled(clouds: Sequence[np.ndarray], count: int) -> Tensor:
     points = torch.from_numpy(np.stack(clouds))
     own = min(count, points.shape[1])
-    return take(points, farthest_points(points, own)[:, torch.arange(count) % own])
+    return take(points, farthest_points(points[..., :3], own)[:, torch.arange(count) % own])
 
 
 class CloudFeed:
@@ -87,10 +88,26 @@ class CloudFeed:
         return torch.stack([augmented(self.clouds[i], self.points, self.augment, mix(seed, epoch, i)) for i in piece])
 
 
+class PartFeed(CloudFeed):
+    """Clouds (N, M, 4) whose fourth column is the part of a point; `targets` int64 [N] are the categories.
+
+    Gives points (B, P, 4) with the category in the fourth column, and parts int64 (B, P).
+    """
+
+    def batches(self, pieces: Sequence[list[int]], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for points, categories in super().batches(pieces, seed, epoch):
+            column = categories.to(points.dtype)[:, None, None].expand(-1, points.shape[1], 1)
+            yield torch.cat([points[..., :3], column], -1), points[..., 3].long()
+
+
 def augmented(cloud: Tensor, points: int, kind: str, seed: int) -> Tensor:
-    """`points` drawn of a cloud (M, 3), changed at random; everything from `seed`."""
+    """`points` drawn of a cloud (M, C), x y z changed at random; everything from `seed`."""
     generator = torch.Generator().manual_seed(seed)
     cloud = cloud[torch.randperm(len(cloud), generator=generator)[:points]]
+    return torch.cat([_moved(cloud[:, :3], kind, generator), cloud[:, 3:]], 1)
+
+
+def _moved(cloud: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     if kind == "scale_translate":
         scale = torch.empty(3).uniform_(2 / 3, 3 / 2, generator=generator)
         return cloud * scale + torch.empty(3).uniform_(-0.2, 0.2, generator=generator)
