@@ -10,7 +10,6 @@ that no batch has an image twice. Retrieval on held-out images, which are never 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,10 @@ from visionpeft.clip.features import image_features, text_features
 from visionpeft.clip.losses import check_pieces, in_pieces, loss_of
 from visionpeft.clip.model import Clip, build
 from visionpeft.clip.scores import retrieval_scores
+from visionpeft.clip.stepping import Loop, Steps, Watch
 from visionpeft.clip.text import encode_tokens, tokenize
-from visionpeft.clip.tuning import Steps
 from visionpeft.pipelines.methods import parse_method
 from visionpeft.training import make_accelerator, runs
-
-Watch = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,14 @@ class Config:
     """Share of the images that only retrieval sees."""
     seed: int = 0
     precision: str = "fp32"
+    """fp32 or bf16."""
     out: str = "runs/contrastive"
+    checkpoint_seconds: float = 60.0
+    """Least time between two checkpoints, from which a killed run goes on to the same numbers."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers: all but where to and how often."""
+        return {key: value for key, value in asdict(self).items() if key not in ("out", "checkpoint_seconds")}
 
 
 @dataclass
@@ -87,32 +91,47 @@ class Result:
 
 
 def run(config: Config, watch: Watch | None = None) -> Result:
-    """Tune, evaluate, and write result.json and adapter.safetensors.
+    """Tune, evaluate, and write config.json, result.json and adapter.safetensors.
+
+    A killed run goes on from its checkpoint, a finished one only gives its result.
 
     Args:
         watch: called with (updates done, all updates, loss).
 
     Raises:
-        VisionPEFTError: pairs, method or loss that do not fit, or a loss that is no number.
+        VisionPEFTError: pairs, method or loss that do not fit, a loss that is no number, a folder of another run.
     """
-    if not config.captions:
-        raise ClipError("captions= is empty: give a CSV, a JSON file, or a folder with a .txt beside each image")
+    _check(config)
     accelerator = make_accelerator(config.precision)
     train, held = split(read_pairs(config.captions, config.images), config.held_out, config.seed)
+    method = parse_method(config.method)
     clip = build(config.model, config.checkpoint)
     clip.model.to(accelerator.device)
+    loss_of(clip.model, config.loss)  # refuses a loss that does not fit
+    folder = Path(config.out)
+    runs.claim(folder, config.identity())
+    if (folder / "result.json").exists():
+        return Result(**runs.read_json(folder / "result.json"))
     result = Result(images=len(train.images), held_out=len(held.images), folder=config.out)
     result.before = retrieve(clip, held)
     torch.manual_seed(config.seed)
-    tuner = vp.attach(clip.model, parse_method(config.method), train=config.train)
+    tuner = vp.attach(clip.model, method, train=config.train)
     begin = time.perf_counter()
     result.losses = tune(clip, tuner, train, config, accelerator, watch)
     result.seconds, result.parameters = time.perf_counter() - begin, tuner.num_parameters
     result.after = retrieve(clip, held)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    tuner.save(Path(config.out) / "adapter.safetensors", model=config.model, loss=config.loss)
-    runs.write_json(Path(config.out) / "result.json", asdict(result) | {"config": asdict(config)})
+    told = {"task": "clip", "job": "contrastive", "model": config.model, "checkpoint": config.checkpoint}
+    tuner.save(folder / "adapter.safetensors", loss=config.loss, **told)
+    runs.write_json(folder / "result.json", asdict(result))  # last, since it marks the run as finished
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
+
+
+def _check(config: Config) -> None:
+    if not config.captions:
+        raise ClipError("captions= is empty: give a CSV, a JSON file, or a folder with a .txt beside each image")
+    if config.precision == "fp16":
+        raise ClipError("precision=fp16: pieces of a batch have no loss scale, which half precision needs; use bf16")
 
 
 def split(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
@@ -143,7 +162,7 @@ def tune(clip: Clip, tuner: vp.Tuner, pairs: Pairs, config: Config, accelerator:
     per_epoch = len(pairs.images) // size
     steps = Steps(config.epochs * per_epoch, size, config.lr, config.weight_decay, min_lr=0.0,
                   warmup=min(config.warmup, config.epochs * per_epoch // 2), warmup_lr=config.lr / 100)  # fmt: skip
-    optimiser, loss = steps.optimiser(list(tuner.parameters())), loss_of(model, config.loss)
+    loss = loss_of(model, config.loss)
     pictures = pairs.images.with_transform(clip.preprocessing.transform(config.augment))
     ids = tokenize(clip.tokenizer, pairs.captions, model.context_length, cut=True)
 
@@ -154,20 +173,17 @@ def tune(clip: Clip, tuner: vp.Tuner, pairs: Pairs, config: Config, accelerator:
 
     model.train()
     check_pieces(model)
-    losses: list[float] = []
-    for rows, texts in batches(pairs, size, config.epochs, config.seed):
-        for group in optimiser.param_groups:
-            group["lr"] = steps.rate(len(losses))
-        pixels = torch.stack([pictures[int(i)][0] for i in rows]).to(accelerator.device)
+    todo = batches(pairs, size, config.epochs, config.seed)
+
+    def update(step: int) -> Tensor:
+        rows, texts = todo[step]
+        images = torch.stack([pictures[int(i)][0] for i in rows]).to(accelerator.device)
         tokens = ids[torch.from_numpy(texts)].to(accelerator.device)
-        optimiser.zero_grad()
-        value = in_pieces(encode, list(zip(pixels.split(config.piece), tokens.split(config.piece), strict=True)), loss)
-        if not torch.isfinite(value):
-            raise ClipError(f"the loss is {float(value)} at update {len(losses)}: lower the learning rate")
-        optimiser.step()
-        losses.append(float(value))
-        if watch is not None:
-            watch(len(losses), steps.count, losses[-1])
+        return in_pieces(encode, list(zip(images.split(config.piece), tokens.split(config.piece), strict=True)), loss)
+
+    told = {"loss": config.loss, "images": len(pairs.images)}
+    loop = Loop(model, steps, config.seed, accelerator, told, Path(config.out), config.checkpoint_seconds, watch=watch)
+    losses = loop.run(update)
     model.eval()
     return losses
 

@@ -26,8 +26,7 @@ from visionpeft.clip.model import Clip, build, logit_scale
 from visionpeft.clip.scores import classification_scores, retrieval_scores
 from visionpeft.clip.templates import Template, read_templates
 from visionpeft.clip.text import class_prompts, tokenize
-from visionpeft.data.folder import images_below
-from visionpeft.data.sets import FileSource, ImageSet, existing
+from visionpeft.data.sets import FileSource, ImageSet
 from visionpeft.report.zero_shot import report
 from visionpeft.training import runs
 
@@ -118,33 +117,32 @@ def run(config: Config, watch: Watch | None = None) -> Result:
     if config.adapter is not None:
         _with_adapter(config, clip.model, evaluator, result, watch)
     folder = Path(config.out)
+    told = {"task": "clip", "job": "zero-shot", "classes": sets[0].classes if sets else []}
+    runs.write_json(folder / "config.json", asdict(config) | told)
     runs.write_json(folder / "result.json", asdict(result))
     runs.write_text(folder / "report.html", report(result))
     return result
 
 
 @torch.no_grad()
-def predict(config: Config, images: str, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """What each image below a folder shows, of the classes named: {"path", "class", "probability"}.
+def probabilities(config: Config, paths: Sequence[str], classes: Sequence[str]) -> torch.Tensor:
+    """What each image file shows, (N, C) over the classes named.
 
     `config` gives the model, its adapter and the templates; its data are not read.
 
     Raises:
-        VisionPEFTError: no image there, one that cannot be read, bad classes or templates.
+        VisionPEFTError: an image that cannot be read, bad classes or templates, an adapter of another model.
     """
-    paths = images_below(existing(images, "image folder"))
-    if not paths:
-        raise ClipError(f"{images}: no image there")
     clip = build(config.model, config.checkpoint)
     if config.adapter is not None:
         vp.load(clip.model, config.adapter, name="adapter")
-    pictures = ImageSet(FileSource(paths, exif=True), np.zeros(len(paths), dtype=np.int64))
     evaluator = Evaluator(clip, (), {}, read_templates(config.templates), FeatureCache(config.cache), config.batch_size)
-    best = evaluator.logits(pictures, classes).softmax(1).max(1)
-    return [
-        {"path": path, "class": classes[int(i)], "probability": float(p)}
-        for path, p, i in zip(paths, best.values, best.indices, strict=True)
-    ]
+    return evaluator.logits(photos(paths), classes).softmax(1)
+
+
+def photos(paths: Sequence[str]) -> ImageSet:
+    """Image files without labels, turned the way the camera was held."""
+    return ImageSet(FileSource(paths, exif=True), np.zeros(len(paths), dtype=np.int64))
 
 
 def _tuned(config: Config, watch: Watch) -> str:
@@ -158,7 +156,7 @@ def _tuned(config: Config, watch: Watch) -> str:
             "gives an adapter, and no adapter= besides"
         )
     watch(f"tuning on {first}")
-    out = str(Path(config.out) / "tuning")
+    out = str(Path(config.out) / "tuning" / runs.slug(f"{config.model}-{first}-{config.tune}-{config.shots}shots"))
     few_shot.run(few_shot.Config(
         config.model, config.checkpoint, first, config.root, str(config.tune), config.shots,
         iterations=config.iterations, lr=config.lr, out=out))  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from visionpeft.errors import VisionPEFTError, require
 
 if TYPE_CHECKING:
+    from visionpeft.pipelines.deploy import Prediction
     from visionpeft.pipelines.settings import ManyCells, Sweep
 
 
@@ -97,7 +98,8 @@ def _cores() -> int:
     return min(os.cpu_count() or 1, 8) if alone else 1
 
 
-def _predict(run: str, images: str, out: str | None = None, checkpoint: str | None = None) -> int:
+def _predict(run: str, images: str, out: str | None = None, checkpoint: str | None = None,
+             classes: str | None = None) -> int:  # fmt: skip
     """Classify or segment images with a trained run; class names and preprocessing come from its adapter file.
 
     Args:
@@ -105,17 +107,26 @@ def _predict(run: str, images: str, out: str | None = None, checkpoint: str | No
         images: Image, or folder of images.
         out: CSV file to write, predictions.csv if none is named; for segmentation a folder, predictions if none is.
         checkpoint: Weights of the backbone, if they are no longer where they were.
+        classes: File with class names, one a line or JSON, for runs of few-shot, contrast and zero-shot.
     """
+    from visionpeft.clip.commands import predicted
     from visionpeft.pipelines import deploy
-    from visionpeft.report.console import show_predictions
 
+    if (found := predicted(run, images, classes, checkpoint)) is not None:
+        return _show(found, out)
     deployed = deploy.restore(run, checkpoint)
     if deployed.task == "segmentation":
         folder = Path(out or "predictions")
         print(f"{deploy.write_masks(deployed, images, folder)} images; masks and overlays in {folder}")
         return 0
+    return _show(list(deploy.predict(deployed, deploy.image_files(images))), out)
+
+
+def _show(predictions: list[Prediction], out: str | None) -> int:
+    from visionpeft.pipelines import deploy
+    from visionpeft.report.console import show_predictions
+
     out = out or "predictions.csv"
-    predictions = list(deploy.predict(deployed, deploy.image_files(images)))
     deploy.write_predictions(Path(out), predictions)
     show_predictions(predictions)
     print(f"{len(predictions)} images; all in {out}")

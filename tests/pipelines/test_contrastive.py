@@ -72,8 +72,9 @@ def config(folder, out, **other):
 def test_the_size_of_pieces_changes_nothing_but_rounding(folder, tmp_path, loss):
     found = []
     for piece in (12, 5):
-        result = run(config(folder, tmp_path, piece=piece, loss=loss, train="logit_scale logit_bias"))
-        found.append((result.losses, load_file(tmp_path / "adapter.safetensors")))
+        out = tmp_path / str(piece)
+        result = run(config(folder, out, piece=piece, loss=loss, train="logit_scale logit_bias"))
+        found.append((result.losses, load_file(out / "adapter.safetensors")))
     (one, first), (two, second) = found
     assert one == pytest.approx(two, rel=1e-4) and len(one) == 4
     for key, value in first.items():

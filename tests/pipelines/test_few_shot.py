@@ -28,7 +28,8 @@ BPE = open_clip.SimpleTokenizer()
 PREPARE = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16))
 COLOURS = {"red": (220, 30, 30), "lime": (30, 220, 30), "blue": (30, 30, 220), "grey": (120, 120, 120),
            "pink": (240, 150, 180)}  # fmt: skip
-METHODS = ("clip_lora", "ln_tuning", "lora:rank=2,tower=image", "gda", "tip", "tip_f", "clip_adapter", "coop")
+METHODS = ("clip_lora", "clipfit", "ln_tuning", "lora:rank=2,tower=image", "block_lora:rank=2", "gda", "tip", "tip_f",
+           "clip_adapter", "coop", "ivlp", "promptsrc")  # fmt: skip
 
 
 def tokenizer(texts, context_length=32):
@@ -105,7 +106,7 @@ def test_permuting_the_test_labels_changes_nothing_that_was_learnt_or_chosen(roo
 
 
 def test_tuning_gains_and_the_adapter_file_brings_the_gain_back(root, tmp_path):
-    result = run(config(root, tmp_path, iterations=60, augment=False))
+    result = run(config(root, tmp_path, iterations=120, augment=False))
     assert result.after["test"]["top1"] > result.before["test"]["top1"] + 0.2
     assert result.parameters == 2 * 3 * (2 * 2 * 16) + 3 * 2 * 2 * 16
     model = tiny()
@@ -119,7 +120,7 @@ def test_tuning_gains_and_the_adapter_file_brings_the_gain_back(root, tmp_path):
     assert float(right) == pytest.approx(result.after["test"]["top1"])
 
 
-@pytest.mark.parametrize("method", ["clip_lora", "gda", "tip", "clip_adapter", "coop"])
+@pytest.mark.parametrize("method", ["clip_lora", "clipfit", "gda", "tip", "clip_adapter", "coop", "promptsrc"])
 def test_base_to_new_tests_both_halves(root, tmp_path, method):
     result = run(config(root, tmp_path, method, base_to_new=True))
     base, new = result.after["base"]["top1"], result.after["new"]["top1"]

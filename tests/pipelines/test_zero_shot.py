@@ -146,9 +146,10 @@ def test_tuning_first_gives_the_adapter_that_is_compared(folder, monkeypatch):
     config = Config("tiny", data=("digits?train=200&test=50", spec(folder)), tune="lora:rank=1,tower=image", shots=2,
                     iterations=3, points=2, templates="{}", out=str(folder / "out"))  # fmt: skip
     result = run(config)
-    assert result.adapter.startswith("LoRA(") and (folder / "out" / "tuning" / "adapter.safetensors").exists()
-    again = run(Config("tiny", data=config.data, adapter=str(folder / "out" / "tuning" / "adapter.safetensors"),
-                       points=2, templates="{}", out=str(folder / "again")))  # fmt: skip
+    (file,) = (folder / "out" / "tuning").glob("*/adapter.safetensors")
+    assert result.adapter.startswith("LoRA(")
+    again = run(Config("tiny", data=config.data, adapter=str(file), points=2, templates="{}",
+                       out=str(folder / "again")))  # fmt: skip
     assert result.after == again.after != result.before
     for bad in (dict(data=(spec(folder),)), dict(tune="gda"), dict(adapter="a.safetensors"), dict(data=())):
         with pytest.raises(ClipError, match="needs data with training images|nothing to evaluate"):
@@ -163,24 +164,6 @@ def test_without_arguments_the_nano_clip_is_evaluated_and_tuned(monkeypatch):
     (config,) = seen
     assert config.model == "nano_clip" and config.tune == "clip_lora" and config.shots == 16
     assert config.data[0].startswith("bundled")
-
-
-def test_predicting_a_folder_gives_the_class_of_each_image(folder):
-    config = Config("tiny", adapter=adapter(folder / "a.safetensors"), templates="simple")
-    found = zero_shot.predict(config, str(folder / "images"), CLASSES)
-    model = tiny()
-    vp.load(model, folder / "a.safetensors")
-    weights = open_clip.build_zero_shot_classifier(model, tokenizer, CLASSES, open_clip.SIMPLE_IMAGENET_TEMPLATES)
-    images = load_images(spec(folder)).images
-    with torch.no_grad():
-        pixels = torch.stack([PREPARE.transform()(images[i][0]) for i in range(24)])
-        logits = model.logit_scale.exp() * model.encode_image(pixels, normalize=True) @ weights
-    assert [p["path"] for p in found] == [images.path(i) for i in range(24)]
-    assert [p["class"] for p in found] == [CLASSES[int(i)] for i in logits.argmax(1)]
-    assert [p["probability"] for p in found] == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-5)
-    (folder / "none").mkdir()
-    with pytest.raises(ClipError, match="none: no image there"):
-        zero_shot.predict(config, str(folder / "none"), CLASSES)
 
 
 def test_retrieval_on_captioned_images(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from visionpeft.clip.errors import ClipError
 from visionpeft.pipelines.contrastive import Config as Contrast
 from visionpeft.pipelines.few_shot import Config as FewShot
 from visionpeft.pipelines.zero_shot import Config as ZeroShot
@@ -87,3 +88,18 @@ def _contrast(config: Contrast = _CONTRAST) -> int:
     console.print(_table(["recall %", "before", "after", "difference"], body, title))
     console.print(f"all in {result.folder}", markup=False)
     return 0
+
+
+def predicted(run: str, images: str, classes: str | None, checkpoint: str | None) -> Any:
+    """Predictions of a CLIP run, or None if this is a run of another job.
+
+    Raises:
+        VisionPEFTError: classes given for a run of another job, or whatever keeps this one from predicting.
+    """
+    from visionpeft.pipelines import clip_deploy
+
+    if clip_deploy.told(run) is None:
+        if classes is not None:
+            raise ClipError(f"{run} is no run of few-shot, contrast or zero-shot: drop --classes")
+        return None
+    return clip_deploy.predict(run, images, classes, checkpoint)

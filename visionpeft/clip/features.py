@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +60,32 @@ class FeatureCache:
 
 
 def image_features(model: Any, images: ImageSet, preprocessing: Preprocessing, cache: FeatureCache | None = None,
-                   batch: int = 64) -> Tensor:  # fmt: skip
+                   batch: int = 64, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:  # fmt: skip
     """Unit-length features (N, d), float32 on the CPU, of images as they are prepared for evaluation.
+
+    Args:
+        encode: what encodes the images instead of the model, as learnt prompts do.
 
     Raises:
         DataError: an image is gone or cannot be read; it is named.
+        ClipError: no image, or a cache for an encoder whose tensors it does not know.
     """
     key = ""
     if cache is not None:
+        if encode is not None:
+            raise ClipError("features of another encoder than the model's own cannot be cached")
         key = _key(tower_digest(model, "image"), preprocessing.to_dict(), data_digest(images))
         if (found := cache.get(key)) is not None:
             return found
-    features = _encode_images(model, images.with_transform(preprocessing.transform()), batch)
+    pictures = images.with_transform(preprocessing.transform())
+    features = _encode_images(model, pictures, batch, encode or model.encode_image)
     if cache is not None:
         cache.put(key, features)
     return features
 
 
 @torch.no_grad()
-def _encode_images(model: Any, images: ImageSet, batch: int) -> Tensor:
+def _encode_images(model: Any, images: ImageSet, batch: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
     weight = next(p for p in model.visual.parameters() if p.is_floating_point())
     was_training = model.training
     model.eval()
@@ -85,7 +93,7 @@ def _encode_images(model: Any, images: ImageSet, batch: int) -> Tensor:
     try:
         for start in range(0, len(images), batch):
             pixels = torch.stack([images[i][0] for i in range(start, min(start + batch, len(images)))])
-            found = model.encode_image(pixels.to(weight.device, weight.dtype))
+            found = encode(pixels.to(weight.device, weight.dtype))
             parts.append(F.normalize(found.float(), dim=-1).cpu())
     finally:
         model.train(was_training)

@@ -3,6 +3,7 @@ r"""Losses of image-text pairs, and gradients of a large batch computed in piece
     clip     (CE(s I T^T) + CE(s T I^T)) / 2, pair i being the right one of row i       (Radford et al., 2103.00020)
     siglip   -1/N sum_ij log sigmoid(z_ij (s I_i T_j + b)), z = 1 on pairs, -1 off them (Zhai et al., 2303.15343)
     clipfit  CE + lambda (1 - cos(t, t_frozen))                                          (Li et al., 2410.06140)
+    promptsrc  CE + 25 |t - t_frozen| + 10 |i - i_frozen| + KL(p_frozen || p)       (Khattak et al., 2307.06948)
 
 A contrastive loss is no mean over samples, so that summing the losses of small batches is another loss. `in_pieces`
 keeps the large one (Gao et al., arXiv 2101.06983): features of all pieces without gradients, the loss and its
@@ -43,6 +44,21 @@ def clipfit_loss(logits: Tensor, labels: Tensor, texts: Tensor, frozen: Tensor, 
         weight: lambda; the paper has 8 for base-to-new, 2 or 8 for few-shot.
     """
     return F.cross_entropy(logits, labels) + weight * (1 - F.cosine_similarity(texts, frozen, dim=-1)).mean()
+
+
+def promptsrc_loss(logits: Tensor, labels: Tensor, texts: Tensor, frozen_texts: Tensor, images: Tensor,
+                   frozen_images: Tensor, frozen_logits: Tensor, weights: tuple[float, float] = (25.0, 10.0)) -> Tensor:
+    """Cross-entropy, and how far features and predictions went from the frozen model's.
+
+    All means are over all elements, that of the divergence too: its sum over N x C divided by N C, as in the official
+    code. Logits (N, C), features of unit length: texts (C, d), images (N, d).
+
+    Args:
+        weights: of the distances of texts and of images.
+    """
+    text, image = (F.l1_loss(*pair) for pair in ((texts, frozen_texts), (images, frozen_images)))
+    away = F.kl_div(logits.log_softmax(1), frozen_logits.log_softmax(1), reduction="sum", log_target=True)
+    return F.cross_entropy(logits, labels) + weights[0] * text + weights[1] * image + away / logits.numel()
 
 
 def loss_of(model: nn.Module, kind: str) -> Loss:

@@ -9,7 +9,7 @@ v (M, width) is shared by the classes, or (C, M, width) with `per_class`; the mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -68,12 +68,12 @@ class CoOp(nn.Module):
             self.fixed = text_root(clip.model).token_embedding(self.ids.to(self.context.device))
         return self
 
-    def forward(self) -> Tensor:
-        """W (d, C)."""
+    def forward(self, through: Callable[..., Tensor] | None = None) -> Tensor:
+        """W (d, C); `through` as in `encode_tokens`."""
         clip: Clip = self.__dict__["clip"]
         context = self.context if self.per_class else self.context.expand(len(self.ids), *self.context.shape)
         rows = [self._row(*row) for row in zip(self.fixed, context, self.lengths, strict=True)]
-        features = encode_tokens(clip.model, self.ids.to(self.context.device), torch.stack(rows))
+        features = encode_tokens(clip.model, self.ids.to(self.context.device), torch.stack(rows), through)
         return F.normalize(features, dim=-1).t()
 
     def _row(self, fixed: Tensor, context: Tensor, length: int) -> Tensor:

@@ -59,12 +59,14 @@ def is_causal(model: nn.Module) -> bool:
     return plain and masked and pool in ("argmax", "eos")
 
 
-def encode_tokens(model: nn.Module, ids: Tensor, embeddings: Tensor | None = None) -> Tensor:
+def encode_tokens(model: nn.Module, ids: Tensor, embeddings: Tensor | None = None,
+                  through: Callable[..., Tensor] | None = None) -> Tensor:  # fmt: skip
     """Text features (N, d), not normalised, of token ids (N, L).
 
     Args:
         embeddings: what stands instead of the token embeddings, (N, L, width), for learnt prompts; `ids` still says
             where the text ends.
+        through: what stands instead of the transformer, for prompts in its blocks.
 
     Raises:
         ClipError: embeddings for a text tower that takes only ids.
@@ -79,7 +81,7 @@ def encode_tokens(model: nn.Module, ids: Tensor, embeddings: Tensor | None = Non
     dtype = root.transformer.get_cast_dtype()
     x = root.token_embedding(ids[:, :length]) if embeddings is None else embeddings[:, :length]
     x = x.to(dtype) + root.positional_embedding[:length].to(dtype)
-    x = root.transformer(x, attn_mask=root.attn_mask[:length, :length])
+    x = (through or root.transformer)(x, attn_mask=root.attn_mask[:length, :length])
     x = root.ln_final(x)[torch.arange(len(x), device=x.device), end]
     projection = root.text_projection
     return x if projection is None else projection(x) if isinstance(projection, nn.Linear) else x @ projection

@@ -1,90 +1,39 @@
-"""Few-shot training of a CLIP model on the images of named classes: cross-entropy of 100 cos(image, class text)."""
+"""Few-shot training of a CLIP model on the images of named classes: what a batch is, and what its loss is taken of."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionpeft.clip.errors import ClipError
 from visionpeft.clip.features import image_features, may_cache
-from visionpeft.clip.heads import FACTOR
 from visionpeft.clip.model import Clip
+from visionpeft.clip.stepping import Loop, Steps
 from visionpeft.data.sets import ImageSet
 
-
-@dataclass(frozen=True)
-class Steps:
-    """Optimiser and schedule. The defaults are CLIP-LoRA's (Zanella and Ben Ayed, arXiv 2405.18541).
-
-    Attributes:
-        count: updates; the learning rate falls by a cosine from lr to min_lr over them.
-        warmup: first updates, at `warmup_lr`.
-        augment: of visionpeft.data; None trains on the images as they are evaluated.
-    """
-
-    count: int
-    batch: int = 32
-    lr: float = 2e-4
-    weight_decay: float = 1e-2
-    optimizer: str = "adamw"
-    min_lr: float = 1e-6
-    warmup: int = 0
-    warmup_lr: float = 1e-5
-    augment: str | None = "resized_crop"
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or self.batch < 1 or self.optimizer not in ("adamw", "sgd"):
-            raise ClipError(f"{self}: expected at least one update of one image, by adamw or sgd")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of an update, counted from 0."""
-        if step < self.warmup:
-            return self.warmup_lr
-        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * step / self.count)) / 2
-
-    def optimiser(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
-        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+__all__ = ["Steps", "descend", "encoder", "pixels", "views"]
 
 
-def descend(clip: Clip, parameters: Any, train: ImageSet, weights: Callable[[], Tensor], steps: Steps, seed: int,
-            accelerator: Any, watch: Callable[[int, int, float], None] | None = None) -> list[float]:  # fmt: skip
-    """Train `parameters`; returns the loss of every update.
+def descend(loop: Loop, images: int, objective: Callable[[Tensor], Tensor]) -> list[float]:
+    """Train on batches of `images` images; returns the loss of every update.
 
     Args:
-        weights: gives the classifier W (d, C) as it is now, with gradients where it learns.
-        watch: called with (updates done, all updates, loss).
-
-    Raises:
-        ClipError: the loss is no number any more.
+        objective: rows of a batch -> its loss.
     """
-    torch.manual_seed(seed)
-    parameters = list(parameters)
-    optimiser, losses = steps.optimiser(parameters), []
-    labels = torch.from_numpy(train.labels).to(accelerator.device)
-    images = _images(clip, train, steps.augment, accelerator)
-    for step, rows in zip(range(steps.count), _batches(len(train), steps.batch, seed), strict=False):
-        for group in optimiser.param_groups:
-            group["lr"] = steps.rate(step)
-        with accelerator.autocast():
-            loss = F.cross_entropy(FACTOR * images(rows) @ weights(), labels[rows])
-        if not torch.isfinite(loss):
-            raise ClipError(f"the loss is {float(loss.detach())} at update {step}: lower the learning rate")
-        optimiser.zero_grad()
-        accelerator.backward(loss)
-        optimiser.step()
-        losses.append(float(loss.detach()))
-        if watch is not None:
-            watch(step + 1, steps.count, losses[-1])
-    return losses
+    rows = list(itertools.islice(_batches(images, loop.steps.batch, loop.seed), loop.steps.count))
+
+    def update(step: int) -> Tensor:
+        with loop.accelerator.autocast():
+            loss = objective(rows[step])
+        loop.accelerator.backward(loss)
+        return loss
+
+    return loop.run(update)
 
 
 def _batches(total: int, size: int, seed: int) -> Iterator[Tensor]:
@@ -94,18 +43,19 @@ def _batches(total: int, size: int, seed: int) -> Iterator[Tensor]:
         yield from torch.randperm(total, generator=generator).split(size)
 
 
-def _images(clip: Clip, train: ImageSet, augment: str | None, accelerator: Any) -> Callable[[Tensor], Tensor]:
+def pixels(clip: Clip, train: ImageSet, augment: str | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Rows -> images (n, 3, H, W), augmented anew each time."""
+    pictures = train.with_transform(clip.preprocessing.transform(augment))
+    return lambda rows: torch.stack([pictures[int(i)][0] for i in rows]).to(device)
+
+
+def encoder(clip: Clip, train: ImageSet, augment: str | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Rows -> unit-length features; computed once where every step would give the same."""
     if may_cache(clip.model, "image", augment is not None):
-        kept = image_features(clip.model, train, clip.preprocessing).to(accelerator.device)
+        kept = image_features(clip.model, train, clip.preprocessing).to(device)
         return lambda rows: kept[rows]
-    pictures = train.with_transform(clip.preprocessing.transform(augment))
-
-    def encode(rows: Tensor) -> Tensor:
-        pixels = torch.stack([pictures[int(i)][0] for i in rows]).to(accelerator.device)
-        return F.normalize(clip.model.encode_image(pixels), dim=-1)
-
-    return encode
+    images = pixels(clip, train, augment, device)
+    return lambda rows: F.normalize(clip.model.encode_image(images(rows)), dim=-1)
 
 
 def views(clip: Clip, train: ImageSet, count: int, seed: int) -> Tensor:
