@@ -130,7 +130,7 @@ def test_prompts_and_bottlenecks_know_the_encoder() -> None:
     assert len(vp.attach(make(), vp.AdaptFormer(hidden=4), train="head").sites) == 6
 
 
-@pytest.mark.parametrize("decoder", ["linear", "fpn"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_lora_on_all_linears_keeps_no_more_than_the_frozen_model(decoder: str) -> None:
     """Bytes alive after forward with gradients through the encoder; BitFit on one bias in the first block asks for
     these and keeps nothing of its own."""
