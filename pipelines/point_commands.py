@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from visionpeft.errors import require
+from visionpeft.errors import DataError, require
 from visionpeft.pipelines.point_pretraining import Config as Pretraining
 from visionpeft.pipelines.points import NANO, Sweep
 
@@ -34,7 +34,7 @@ def with_default(arguments: list[str]) -> list[str]:
 
 
 def _train(plan: Sweep = _SWEEP) -> int:
-    """Adapt a pre-trained point transformer to classification by several methods, and compare them.
+    """Adapt a pre-trained point transformer to classification or to parts by several methods, and compare them.
 
     With no arguments: a small Point-MAE learns eight kinds of made-up furniture from 320 clouds. Finished cells are
     skipped and a killed one goes on where it was, so the same command can be given again.
@@ -52,19 +52,29 @@ def _train(plan: Sweep = _SWEEP) -> int:
     return 1 if outcome.failures else 0
 
 
-def _predict(run: str, clouds: str, out: str = "predictions.csv", checkpoint: str | None = None) -> int:
-    """Classify clouds with a trained run; class names and sampling come from its adapter file.
+def _predict(run: str, clouds: str, out: str | None = None, checkpoint: str | None = None,
+             category: str | None = None) -> int:
+    """Classify clouds with a trained run, or tell their parts apart; names and sampling come from its adapter file.
 
     Args:
         run: Run folder or adapter file.
         clouds: A file of one cloud (xyz, txt, pts, npy, npz, off, ply, obj, stl), or a folder of them.
-        out: CSV file to write.
+        out: CSV file to write (predictions.csv); for parts a folder (parts), with a file for each cloud.
         checkpoint: Weights of the backbone, if they are no longer where they were.
+        category: For parts, what the clouds are of; if not given, the name of the folder that each is in.
     """
     from visionpeft.pipelines import deploy, point_deploy
     from visionpeft.report.console import show_predictions
 
-    predictions = list(point_deploy.predict(point_deploy.restore(run, checkpoint), point_deploy.cloud_files(clouds)))
+    deployed = point_deploy.restore(run, checkpoint)
+    if deployed.parts:
+        out = out or "parts"
+        print(f"{point_deploy.write_parts(deployed, clouds, Path(out), category)} clouds; all in {out}")
+        return 0
+    if category is not None:
+        raise DataError(f"--category is for runs that tell parts apart, and {run} tells classes apart")
+    out = out or "predictions.csv"
+    predictions = list(point_deploy.predict(deployed, point_deploy.cloud_files(clouds)))
     deploy.write_predictions(Path(out), predictions)
     show_predictions(predictions)
     print(f"{len(predictions)} clouds; all in {out}")

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import visionpeft as vp
 from visionpeft.data.cloud_files import SUFFIXES, read_cloud
 from visionpeft.data.clouds import unit
 from visionpeft.errors import AdapterFileError, DataError
-from visionpeft.models.point_ops import farthest_points, take
+from visionpeft.models.point_ops import farthest_points, nearest_points, take
 from visionpeft.pipelines.deploy import Prediction, _prediction, adapter_path
+from visionpeft.pipelines.point_parts import Likeliest
+from visionpeft.pipelines.point_parts import build as build_parts
 from visionpeft.pipelines.points import CloudBackbone, Sampling, build
+from visionpeft.training import runs
 
 
 @dataclass
@@ -28,6 +31,10 @@ class DeployedClouds:
     classes: list[str]
     sampling: Sampling
     multi_label: bool = False
+    parts: tuple[str, ...] = ()
+    """Names of the parts that it tells apart; none for a classifier."""
+    owned: tuple[tuple[int, ...], ...] = ()
+    """Numbers of the parts of each class."""
 
 
 def restore(run: str | Path, checkpoint: str | None = None) -> DeployedClouds:
@@ -41,13 +48,18 @@ def restore(run: str | Path, checkpoint: str | None = None) -> DeployedClouds:
     """
     path = adapter_path(run)
     metadata = vp.state.read_header(path).get("metadata", {})
-    if metadata.get("task") != "points":
+    if metadata.get("task") not in ("points", "point_parts"):
         raise AdapterFileError(f"{path} is not of `visionpeft points`: its task is {metadata.get('task')!r}")
     named = CloudBackbone(**metadata["backbone"])
     backbone = named if checkpoint is None else CloudBackbone(named.name, checkpoint, named.groups)
-    model = build(backbone, len(metadata["classes"]), pretrained=metadata["pretrained"])
+    classes, parts = metadata["classes"], tuple(metadata.get("parts", ()))
+    if parts:
+        model = build_parts(backbone, len(parts), len(classes), pretrained=metadata["pretrained"])
+    else:
+        model = build(backbone, len(classes), pretrained=metadata["pretrained"])
     tuner = vp.load(model, path)
-    return DeployedClouds(model.eval(), tuner, metadata["classes"], Sampling(**metadata["preprocessing"]))
+    owned = tuple(map(tuple, metadata.get("owned", ())))
+    return DeployedClouds(model.eval(), tuner, classes, Sampling(**metadata["preprocessing"]), False, parts, owned)
 
 
 def cloud_files(clouds: str | Path) -> list[Path]:
@@ -69,8 +81,51 @@ def cloud_files(clouds: str | Path) -> list[Path]:
 def predict(deployed: DeployedClouds, paths: list[Path]) -> Iterator[Prediction]:
     """Predictions in the order of `paths`, one file at a time: clouds may have any number of points."""
     for path in paths:
-        cloud = read_cloud(path)[:, :3]
-        points = torch.from_numpy(unit(cloud) if deployed.sampling.scaled else cloud)[None]
-        own = min(deployed.sampling.points, points.shape[1])
-        points = take(points, farthest_points(points, own))
+        points, _ = _seen(deployed, path)
         yield _prediction(path, deployed.model(points)[0].softmax(0), deployed)  # type: ignore[arg-type]
+
+
+def _seen(deployed: DeployedClouds, path: Path) -> tuple[Tensor, Tensor]:
+    """What the model sees of a file (1, n, 3), and all its points (1, N, 3), in the model's coordinates."""
+    cloud = read_cloud(path)[:, :3]
+    whole = torch.from_numpy(unit(cloud) if deployed.sampling.scaled else cloud)[None]
+    return take(whole, farthest_points(whole, min(deployed.sampling.points, whole.shape[1]))), whole
+
+
+@torch.no_grad()
+def write_parts(deployed: DeployedClouds, clouds: str | Path, out: Path, category: str | None = None) -> int:
+    """Tell the parts of a file, or of all files of a folder, apart; returns how many there were.
+
+    Writes out/NAME.txt for each: x y z as in the file, then the number of the part; and what the numbers mean into
+    out/parts.csv. Points beyond those that the model sees get the part of the nearest that it sees.
+
+    Args:
+        category: of all the clouds; None takes the name of the folder that a file is in.
+
+    Raises:
+        DataError: the category of a file is not known.
+    """
+    paths, likeliest = cloud_files(clouds), Likeliest(deployed.model, deployed.owned, len(deployed.parts))
+    base = Path(clouds) if Path(clouds).is_dir() else Path(clouds).parent
+    wanted = [_category(deployed, path, category) for path in paths]
+    for path, kind in zip(paths, wanted, strict=True):
+        seen, whole = _seen(deployed, path)
+        parts = likeliest(nn.functional.pad(seen, (0, 1), value=kind))
+        nearest = nearest_points(whole, seen, 1)[0, :, 0]
+        target = (out / path.relative_to(base)).with_suffix(".txt")
+        rows = zip(read_cloud(path)[:, :3].tolist(), parts[0, nearest].int().tolist(), strict=True)
+        runs.write_text(target, "".join(f"{x:.8g} {y:.8g} {z:.8g} {part}\n" for (x, y, z), part in rows))
+    lines = [f"{part},{deployed.parts[part]},{name}\n"
+             for name, own in zip(deployed.classes, deployed.owned, strict=True) for part in own]
+    runs.write_text(out / "parts.csv", "number,part,category\n" + "".join(lines))
+    return len(paths)
+
+
+def _category(deployed: DeployedClouds, path: Path, given: str | None) -> int:
+    name = given if given is not None else path.parent.name
+    if name in deployed.classes:
+        return deployed.classes.index(name)
+    if len(deployed.classes) == 1 and given is None:
+        return 0
+    raise DataError(f"{path}: {name!r} is no category of this model, which knows {', '.join(deployed.classes)}: give "
+                    "--category, or put the clouds into a folder for each")

@@ -1,5 +1,7 @@
 """Classification of point clouds, from data to a run folder, and sweeps over methods and seeds.
 
+Data with a part for every point are learnt part by part: see visionpeft.pipelines.point_parts.
+
     result = run(Config(model="point_mae", checkpoint="pretrain.pth", data="scanobjectnn:pb_t50_rs", root="h5_files"))
     outcome = sweep(Sweep(method=("linear", "pointgst"), seeds=(0, 1, 2)))
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from visionpeft import data
 from visionpeft.data.clouds import load_clouds
+from visionpeft.data.parts import PartSplits, check_parts, is_parts, load_parts
 from visionpeft.errors import require
 from visionpeft.models import point_transformer
 from visionpeft.pipelines.backbone import ModelError
@@ -31,7 +34,7 @@ from visionpeft.pipelines.running import Job, Outcome, cells, run, sweep
 from visionpeft.pipelines.settings import Common, ManyCells, OneCell, Result
 from visionpeft.report.clouds import predictions
 from visionpeft.training import Feed, Recipe, predict_logits, score
-from visionpeft.training.clouds import CloudFeed, check_augmentation, drawn_from, ordered
+from visionpeft.training.clouds import CloudFeed, PartFeed, check_augmentation, drawn_from, ordered
 from visionpeft.training.order import mix, seed_all
 from visionpeft.training.recipe import Criterion, make_criterion
 
@@ -44,30 +47,34 @@ NANO = "nano_point_mae"
 class Settings(Common):
     """What point clouds take besides."""
 
-    job: ClassVar[str] = "points"
-
     model: str = NANO
     """nano_point_mae, point_mae, point_bert, act, recon, pointgpt_s, pointgpt_b or pointgpt_l."""
     checkpoint: str | None = None
     """Pre-trained weights: official .pth (opened without unpickling) or .safetensors; the nano model has its own."""
     data: str = "bundled"
     """bundled, npz:PATH, folder:PATH, modelnet:PATH, scanobjectnn:obj_bg (obj_only, pb_t50_rs) or
-    fewshot:5way10shot/0."""
+    fewshot:5way10shot/0; with a part for every point, which are then what is learnt: bundled-parts, parts:PATH or
+    shapenetpart:PATH."""
     out: str = "runs/points"
     """Folder for the runs."""
     augment: str | None = None
     """scale_translate, rotate (about y) or none."""
     points: int | None = None
-    """Points of a cloud that the model sees; None is 2,048 for ScanObjectNN and 1,024 for all else."""
+    """Points of a cloud that the model sees; None is 2,048 for ScanObjectNN and ShapeNetPart, 1,024 for all else."""
     groups: int | None = None
     """Tokens of a cloud; None is 128 for 2,048 points and 64 for fewer, and what the nano model was made for."""
     votes: int = 0
     """Also score the test set by the mean over so many augmented passes; reported apart."""
 
     @property
+    def job(self) -> str:  # type: ignore[override]
+        """Whether clouds have one class each or a part for every point, the data say."""
+        return "point_parts" if is_parts(self.data) else "points"
+
+    @property
     def seen(self) -> int:
         """Points that the model sees."""
-        return self.points or (2048 if self.data.startswith("scanobjectnn") else 1024)
+        return self.points or (2048 if self.data.startswith(("scanobjectnn", "shapenetpart")) else 1024)
 
     @property
     def backbone(self) -> CloudBackbone:  # type: ignore[override]
@@ -169,12 +176,16 @@ def plan_for(config: Config) -> Plan:
 
 @lru_cache(maxsize=2)
 def _splits(spec: str, root: str | None) -> data.Splits:
-    return load_clouds(spec, root)
+    return load_parts(spec, root) if is_parts(spec) else load_clouds(spec, root)
 
 
 @lru_cache(maxsize=8)
 def _ordered(spec: str, root: str | None, part: str, count: int) -> Tensor:
-    return ordered(getattr(_splits(spec, root), part), count)
+    splits = _splits(spec, root)
+    clouds = ordered(getattr(splits, part), count)
+    if isinstance(splits, PartSplits):
+        check_parts(clouds.numpy(), splits, getattr(splits, part))
+    return clouds
 
 
 def load_splits(config: Config) -> data.Splits:
@@ -185,8 +196,9 @@ def load_splits(config: Config) -> data.Splits:
 def plain_feed(config: Config, part: str) -> CloudFeed:
     """A part of the data as evaluation sees it."""
     clouds = getattr(load_splits(config), part)
-    return CloudFeed(_ordered(config.data, config.root, part, config.seen), torch.from_numpy(clouds.labels),
-                     config.seen, names=clouds)
+    make = PartFeed if is_parts(config.data) else CloudFeed
+    return make(_ordered(config.data, config.root, part, config.seen), torch.from_numpy(clouds.labels), config.seen,
+                names=clouds)
 
 
 @dataclass
@@ -207,7 +219,8 @@ class Cell(BaseCell):
     def train_feed(self, part: str) -> Feed:
         config, clouds = self.config, getattr(self.splits, part)
         many = _ordered(config.data, config.root, part, drawn_from(config.seen))
-        return CloudFeed(many, torch.from_numpy(clouds.labels), config.seen, self.recipe.augment or "none", clouds)
+        make = PartFeed if is_parts(config.data) else CloudFeed
+        return make(many, torch.from_numpy(clouds.labels), config.seen, self.recipe.augment or "none", clouds)
 
     def criterion(self, part: str) -> Criterion:
         weights = None
