@@ -35,14 +35,14 @@ def _blend(base: Tensor, adapted: Tensor, strength: float) -> Tensor:
     return adapted if strength == 1 else torch.lerp(base, adapted.to(base.dtype), strength)
 
 
-def linear(x: Tensor, w: Tensor, b: Tensor | None, adapters: Sequence[Adapter], fused: bool, start: int = 0) -> Tensor:
+def linear(x: Tensor, w: Tensor, b: Tensor | None, adapters: Sequence[Adapter], route: str, start: int = 0) -> Tensor:
     """A Linear with its adapters, in order. Rows of the adapters count from `start`.
 
     x (..., in), w (out, in), b (out) or None -> (..., out).
     """
     for i in reversed(range(len(adapters))):
         if adapters[i].overrides("enter"):  # those before it act on what it gives
-            y = linear(_blend(x, adapters[i].enter(x), adapters[i].strength), w, b, adapters[:i], fused, start)
+            y = linear(_blend(x, adapters[i].enter(x), adapters[i].strength), w, b, adapters[:i], route, start)
             return _add(x, y, adapters[i + 1 :], w.shape[0], start)
     parts: list[lowrank.Part] = []
     rest = list(adapters)
@@ -51,7 +51,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, adapters: Sequence[Adapter], 
         rest.pop(0)
     after = _rescaling(rest, w.shape[0], start)
     if parts or after:
-        y = lowrank.linear(x, w, b, parts, after, plain=not fused)
+        y = lowrank.linear(x, w, b, parts, after, route)
     else:
         y = nn.functional.linear(x, w, b)
     return _add(x, y, rest, w.shape[0], start)
@@ -113,7 +113,7 @@ class LinearSite(Mixin):
         adapters = self.peft.acting()
         if not adapters:
             return super().forward(input)  # type: ignore[misc]
-        return linear(input, self.weight, self.bias, adapters, self.peft.fused)  # type: ignore[attr-defined]
+        return linear(input, self.weight, self.bias, adapters, self.peft.route)  # type: ignore[attr-defined]
 
 
 class WeightSite(Mixin):

@@ -55,7 +55,7 @@ class Adapter(Forgiving):
     whole: bool = False  # acts wholly or not at all
     rows: tuple[int, int] | None = None
     label: str = ""
-    fused: bool = True  # False: plain torch, see `Tuner.fused`
+    route: str = "rebuild"  # as that of the holder, see `Tuner.fused`
     place: str = ""  # part or role of the site, where one module is host to several
     tap: Any = None  # input of the residual branch, set by the binding
     normed: bool = False

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionpeft import acting, activation, backbones, binding, hosts
+from visionpeft import acting, activation, backbones, binding, hosts, levers
 from visionpeft.activation import LEARNT, Learnt, Registry
 from visionpeft.adapter import Adapter, Method
 from visionpeft.errors import SiteError, VisionPEFTError
@@ -27,6 +27,7 @@ def attach(
     name: str = "default",
     train: str | Sequence[str] | None = None,
     *,
+    memory: str = "rebuild",
     probe: bool = True,
 ) -> Tuner:
     """Put a method on a model and return the handle. The model stays the same object and loses no key.
@@ -39,6 +40,7 @@ def attach(
         method: `vp.LoRA(rank=8)`, or a key of METHODS for its defaults.
         name: what this adapter is called in the model.
         train: globs of base tensors that also learn, each adapter having its own copy; "head" is the classifier.
+        memory: what to keep for backward: rebuild, keep, checkpoint or reversible, see `visionpeft.levers`.
         probe: whether to look for dead adapters at once.
 
     Raises:
@@ -46,6 +48,7 @@ def attach(
         DeadAdapterError: an adapter never acts.
         VisionPEFTError: the name is taken, or an adapter is merged.
     """
+    levers.check(memory)
     backbone = Backbone(model)
     method = _method(method)
     check_name(backbone, name)
@@ -58,7 +61,7 @@ def attach(
     trained = trained_tensors(backbone, train)
     _warn_head(backbone, sites, trained)
     kept = dataclasses.replace(method, targets=None) if callable(method.targets) else method  # lambdas do not pickle
-    tuner = Tuner(backbone, kept, name, sites)
+    tuner = Tuner(backbone, kept, name, sites, memory)
     learnt = method.learns(sites, backbone)
     return bind(tuner, method.adapters(sites, backbone), learnt, trained, probe)
 
@@ -81,6 +84,9 @@ def bind(tuner: Tuner, adapters: dict[Site, Adapter], learnt: Iterable[tuple[str
         copies: dict[int | str, Tensor] = {}
         for key in dict.fromkeys([*learnt, *trained]):
             _copy(tuner, *key, copies, (values or {}).get(key))
+        for module, mixin in levers.dressed(backbone, tuner.memory):
+            _dress(tuner, module, mixin)
+        tuner.fused = True
         _activate_new(tuner, registry)
         if probe:
             from visionpeft.probing import probe_attached

@@ -11,11 +11,13 @@ Tensors that learn in place are replaced by a trainable copy, the original set a
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from visionpeft.adapter import Adapter
 from visionpeft.errors import SiteError, VisionPEFTError
@@ -46,7 +48,7 @@ class Holder(nn.Module):
         aside: originals of tensors that learn in place (by name) or are merged (name of the adapter, dot, name). No
             buffers: DDP would send them, torch.export would want them, and `.to` would make other objects of them.
         hidden: names whose tensors are left out of the state dict (merged ones).
-        fused: whether the fused function is used where it can be.
+        route: how Linears compute: "rebuild" or "keep" their input in the fused function, or "plain" torch.
         tap: input of the residual branch that begins here, taps: all that this block must clear.
         thawed: a BatchNorm's statistics may learn, since an adapter that acts wants them to.
         mixed: each sample has its own adapter, and only the root (with `samples` and `backbone`) may say which acts.
@@ -58,7 +60,7 @@ class Holder(nn.Module):
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.hidden: tuple[str, ...] = ()
-        self.fused = True
+        self.route = "rebuild"
         self.tap: Tap | None = None
         self.taps: tuple[Tap, ...] = ()
         self.saved: dict[str, Any] = {}
@@ -87,6 +89,8 @@ class Holder(nn.Module):
         """Adapters of sites of these kinds (all but branches and blocks if none is given) that act, in order."""
         if self.mixed:
             raise VisionPEFTError("each sample has its own adapter: call the model itself, not a part or other method")
+        if self.training and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            _refuse_reentrant()
         own = self._modules
         boxes: list[Any] = [own[name] for name in self.active if name in own]
         adapters = [a for box in boxes for a in box.values() if a.kind in (kinds or _MODULES)]
@@ -100,6 +104,23 @@ class Holder(nn.Module):
         for key in [k for k in out if k.startswith(prefix) and k[len(prefix) :].split(".")[0] in self.hidden]:
             del out[key]
         return out
+
+
+def _refuse_reentrant() -> None:
+    """Reentrant checkpointing runs forward without gradients, and all adapters in a part whose input needs none learn
+    nothing: torch gives a warning once, and no error."""
+    frame = sys._getframe(2)
+    while (above := frame.f_back) is not None:
+        if frame.f_code is _REENTRANT:
+            raise VisionPEFTError(
+                "reentrant checkpointing: adapters may silently learn nothing in it. Give use_reentrant=False "
+                '(transformers: model.gradient_checkpointing_enable({"use_reentrant": False})), or attach with '
+                'memory="checkpoint"'
+            )
+        frame = above
+
+
+_REENTRANT = CheckpointFunction.forward.__code__
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

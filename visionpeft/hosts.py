@@ -54,7 +54,7 @@ class PoolSite(Mixin):
 
 def _pool_linear(m: Any, adapters: list[Adapter], place: str, x: Tensor) -> Tensor:
     linear = getattr(m, POOL[place])
-    return acting.linear(x, linear.weight, linear.bias, [a for a in adapters if a.place == place], m.peft.fused)
+    return acting.linear(x, linear.weight, linear.bias, [a for a in adapters if a.place == place], m.peft.route)
 
 
 class RawSite(Mixin):

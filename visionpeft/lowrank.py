@@ -49,16 +49,17 @@ class Rescale(NamedTuple):
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], after: Rescale | None = None,
-           plain: bool = False) -> Tensor:  # fmt: skip
+           route: str = "rebuild") -> Tensor:  # fmt: skip
     """x (..., in), w (out, in), b (out) -> (..., out): the Linear with its deltas; a fresh tensor, never a view.
 
-    The result has the dtype that the plain Linear would give: that of autocast, else of x and w; adapters follow.
+    `route` is "rebuild", "keep" (x stays whatever could rebuild it) or "plain" torch. The result has the dtype that the
+    plain Linear would give: that of autocast, else of x and w; adapters follow.
     """
     device = x.device.type
     autocast = not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(x.dtype, w.dtype)
     mixed = not autocast and x.dtype != w.dtype  # torch has its own error for that
-    if plain or mixed or is_traced(x):
+    if route == "plain" or mixed or is_traced(x):
         return _plain(x, w, b, parts, after, dtype)
     seed = int(torch.randint(2**62, ())) if any(p.dropout for p in parts) else 0
     spec = [_Spec(p.lo, p.hi, p.scale, p.dropout, seed + i) for i, p in enumerate(parts)]
@@ -67,7 +68,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, parts: Sequence[Part], after:
         if not torch.is_grad_enabled():
             z = _compute(x, w, b, spec, dtype, ab)
             return z if after is None else _rescale(z, after.gamma, after.beta, out=z)
-        source, make, tensors = _sources(x, w, bool(parts), after)
+        source, make, tensors = _sources(x, w, bool(parts), after, route)
         gamma, beta, _ = after or (None, None, "")
         y = _Fused.apply(x, w, b, gamma, beta, source, spec, dtype, make, len(tensors), *tensors, *ab)
     if source == "output" and y.grad_fn is not None:
@@ -80,12 +81,12 @@ def is_traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.is_meta or peek_interpreter_stack() is not None
 
 
-def _sources(x: Tensor, w: Tensor, parts: bool,
-             after: Rescale | None) -> tuple[str, Callable[..., Tensor] | None, tuple[Tensor, ...]]:  # fmt: skip
+def _sources(x: Tensor, w: Tensor, parts: bool, after: Rescale | None,
+             route: str) -> tuple[str, Callable[..., Tensor] | None, tuple[Tensor, ...]]:  # fmt: skip
     """Where backward has z from, and x: from a recipe and its tensors, from x itself, or not at all."""
-    found = recipe(x) if x.requires_grad else None
+    found = recipe(x) if x.requires_grad and route == "rebuild" else None
     needs_x = parts or w.requires_grad
-    source = "" if after is None else after.source
+    source = "" if after is None else after.source if route == "rebuild" else "kept"
     if source == "output" and (not (needs_x or found) or has_saved_tensor_hooks()):
         source = "kept"  # y may be written to, and then x is needed after all
     if needs_x or source in ("input", "output"):

@@ -37,22 +37,22 @@ class MultiheadSite(Mixin):
         q, k, v = _project(self, adapters, query, key, value)
         y = _attend(self, q, k, v, key_padding_mask, attn_mask)
         out = [a for a in adapters if a.place == "attn_out"]
-        y = acting.linear(y, self.out_proj.weight, self.out_proj.bias, out, self.peft.fused)  # type: ignore[attr-defined]
+        y = acting.linear(y, self.out_proj.weight, self.out_proj.bias, out, self.peft.route)  # type: ignore[attr-defined]
         return (y if self.batch_first else y.transpose(0, 1)), None  # type: ignore[attr-defined]
 
 
 def _project(m: Any, adapters: list[Adapter], query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     """Query, key and value projections (N, L, E) or (L, N, E), with the adapters of each."""
     at = {p: [a for a in adapters if a.place == p] for p in QKV}
-    bias, fused, e = m.in_proj_bias, m.peft.fused, m.embed_dim
+    bias, route, e = m.in_proj_bias, m.peft.route, m.embed_dim
     if m._qkv_same_embed_dim and query is key and key is value:
         own = [a for a in adapters if a.place in QKV]
-        return list(acting.linear(query, m.in_proj_weight, bias, own, fused).chunk(3, -1))
+        return list(acting.linear(query, m.in_proj_weight, bias, own, route).chunk(3, -1))
     split = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
     weights = m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else split
     biases = (None, None, None) if bias is None else bias.chunk(3)
     inputs = zip(QKV, (query, key, value), weights, biases, strict=True)
-    return [acting.linear(x, w, b, at[p], fused, start=QKV.index(p) * e) for p, x, w, b in inputs]
+    return [acting.linear(x, w, b, at[p], route, start=QKV.index(p) * e) for p, x, w, b in inputs]
 
 
 def _attend(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from visionpeft import activation, binding
+from visionpeft import activation, binding, levers
 from visionpeft.adapter import Adapter, Method
 from visionpeft.errors import VisionPEFTError
 from visionpeft.sites import Backbone, Site
@@ -24,6 +24,7 @@ class Tuner:
 
     Attributes:
         name: its name in the model.
+        memory: what is kept for backward, see `visionpeft.levers`.
         method: the frozen hyper-parameters.
         sites: where it acts.
         adapters: the module at each site.
@@ -33,10 +34,12 @@ class Tuner:
         active, merged: whether it acts, and whether its deltas are in the weights.
     """
 
-    def __init__(self, backbone: Backbone, method: Method, name: str, sites: list[Site]) -> None:
+    def __init__(self, backbone: Backbone, method: Method, name: str, sites: list[Site],
+                 memory: str = "rebuild") -> None:  # fmt: skip
         self.backbone = backbone
         self.method = method
         self.name = name
+        self.memory = memory
         self.sites = sites
         self.adapters: dict[Site, Adapter] = {}
         self.in_place: list[tuple[str, str]] = []
@@ -157,15 +160,13 @@ class Tuner:
 
         One setting for the whole model, other adapters included: they share the function.
         """
-        return all(held.fused for held in self._holders())
+        return all(held.route != "plain" for held in self._holders())
 
     @fused.setter
     def fused(self, value: bool) -> None:
+        route = "plain" if not value else "keep" if self.memory == "keep" else "rebuild"
         for held in self._holders():
-            held.fused = value
-            for module in held.modules():
-                if isinstance(module, Adapter):
-                    module.fused = value
+            levers.set_route(held, route)
 
     def _holders(self) -> Iterator[binding.Holder]:
         for root in self.backbone.roots.values():

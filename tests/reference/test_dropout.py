@@ -30,7 +30,7 @@ def test_gradcheck(dropouts, plain, bias, learns):
     def run(x, w, b, a1, b1, a2, b2):
         torch.manual_seed(5)
         now = [parts[0]._replace(a=a1, b=b1), parts[1]._replace(a=a2, b=b2)]
-        return lowrank.linear(x, w, b, now, plain=plain)
+        return lowrank.linear(x, w, b, now, route="plain" if plain else "rebuild")
 
     inputs = (x, w, b, parts[0].a, parts[0].b, parts[1].a, parts[1].b)
     assert torch.autograd.gradcheck(run, inputs)

@@ -87,7 +87,7 @@ class KronAdapter(Adapter):
         nn.init.zeros_(self.b)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return add_kron(x, y, self.a, self.b, self.fused)
+        return add_kron(x, y, self.a, self.b, self.route)
 
     def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w + torch.kron(self.a, self.b), b
@@ -99,11 +99,11 @@ def from_official(a: Tensor, b: Tensor) -> Tensor:
     return torch.kron(a, b)[rows]
 
 
-def add_kron(x: Tensor, y: Tensor, a: Tensor, b: Tensor, fused: bool = True) -> Tensor:
+def add_kron(x: Tensor, y: Tensor, a: Tensor, b: Tensor, route: str = "rebuild") -> Tensor:
     """y + x (A ⊗ B)^T: x (.., a2 b2), y (.., a1 b1), a fresh tensor of y's shape and dtype."""
-    if not fused or lowrank.is_traced(x) or not torch.is_grad_enabled():
+    if route == "plain" or lowrank.is_traced(x) or not torch.is_grad_enabled():
         return _product(x.to(y.dtype), y, a.to(y.dtype), b.to(y.dtype))
-    found = lowrank.recipe(x) if x.requires_grad else None
+    found = lowrank.recipe(x) if x.requires_grad and route == "rebuild" else None
     make, tensors = found or (None, (x,))
     return _Kron.apply(x, y, a, b, make, *tensors)  # type: ignore[no-any-return]
 
