@@ -125,6 +125,10 @@ def test_predict_writes_a_part_for_every_point_of_a_file(given, tmp_path, capsys
     config = Config(method="pointgst:rank=4,local=4", **given)
     sampled = points.plain_feed(config, "test").clouds
     deployed = point_deploy.restore(result.folder)
+    with torch.no_grad():  # so that it does not say the same of all points
+        for p in deployed.model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.5)
+    assert point_deploy.write_parts(deployed, tmp_path / "clouds", out) == 6
     likeliest = point_parts.Likeliest(deployed.model, deployed.owned, 5)
     for i, cloud in enumerate(tests):
         rows = read_cloud(out / CLASSES[i // 3] / f"{i}.txt")
@@ -133,6 +137,7 @@ def test_predict_writes_a_part_for_every_point_of_a_file(given, tmp_path, capsys
         seen = torch.nn.functional.pad(sampled[i : i + 1, :32, :3], (0, 1), value=i // 3)
         with torch.no_grad():
             said = likeliest(seen)[0].numpy()
+        assert len(set(said.tolist())) > 1 or i != 1
         own = np.linalg.norm(cloud[:, None] - seen[0, :, :3].numpy()[None], axis=-1).argmin(1)
         assert (rows[:, 3] == said[own]).mean() > 0.97  # but where two are as near
     single = tmp_path / "clouds" / "table" / "3.xyz"
