@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 
 from visionpeft import data
-from visionpeft.clip.data import base_and_new, draw_shots, harmonic, load_coop
+from visionpeft.clip.data import base_and_new, draw_shots, harmonic, load_coop, root_of
 from visionpeft.clip.errors import ClipError
 from visionpeft.clip.model import build
 from visionpeft.clip.scores import classification_scores
@@ -145,7 +145,7 @@ def load(config: Config) -> Splits:
         return load_coop(name, config.root, config.shots, config.seed)
     if kind == "fewshot":
         return data.load(config.data, root=config.root, shots=config.shots, seed=config.seed)
-    splits = data.load(config.data, root=config.root)
+    splits = data.load(config.data, root=root_of(config.data, config.root))
     train = draw_shots(splits.train, config.shots, config.seed)
     return replace(splits, train=train, val=draw_shots(splits.val, min(config.shots, 4), config.seed), train_val=train)
 

@@ -156,14 +156,36 @@ def test_tuning_first_gives_the_adapter_that_is_compared(folder, monkeypatch):
             run(dataclasses.replace(config, **bad))
 
 
-def test_without_arguments_the_nano_clip_is_evaluated_and_tuned(monkeypatch):
+@pytest.mark.parametrize("arguments", [[], ["--out", "here"], ["--root", "there"], ["--root", "there", "--out", "x"]])
+def test_without_arguments_the_nano_clip_is_evaluated_and_tuned(arguments, monkeypatch, capsys):
     seen = []
     result = zero_shot.Result("nano_clip", 80)
     monkeypatch.setattr(zero_shot, "run", lambda config, watch: seen.append(config) or result)
-    assert cli.main(["zero-shot"]) == 0
+    assert cli.main(["zero-shot", *arguments]) == 0
     (config,) = seen
     assert config.model == "nano_clip" and config.tune == "clip_lora" and config.shots == 16
     assert config.data[0].startswith("bundled")
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert config.out == given.get("--out", Config().out) and config.root == given.get("--root")
+    assert config.data[1].startswith("torchvision:CIFAR10?" if "--root" in given else "digits?")
+    assert ("visionpeft zero-shot --root data" in capsys.readouterr().out) == ("--root" not in given)
+
+
+def test_any_other_argument_is_no_demo(monkeypatch):
+    seen = []
+    monkeypatch.setattr(zero_shot, "run", lambda config, watch: seen.append(config) or zero_shot.Result("nano_clip", 1))
+    assert cli.main(["zero-shot", "--templates", "{}", "--root", "there"]) == 0
+    assert seen[0] == Config(templates="{}", root="there")
+
+
+def test_a_root_goes_to_the_sets_that_lie_below_one(folder):
+    """The bundled set and scikit-learn's digits refuse one, and often stand beside others."""
+    assert len(load_images("digits?test=20", root=str(folder)).images) == 20
+    from visionpeft.pipelines import few_shot
+
+    assert len(few_shot.load(few_shot.Config(data="digits?train=100&test=20", root=str(folder), shots=1)).test) == 20
+    with pytest.raises(DataError, match="needs root="):
+        load_images("torchvision:CIFAR10")
 
 
 def test_retrieval_on_captioned_images(folder):

@@ -63,11 +63,16 @@ def load_images(spec: str, root: str | None = None, classes: str | None = None) 
         names = class_folders(folder)
         found = Labelled(spec, names, read_part(folder, names))
     else:
-        splits = data.load(spec, root=root)
+        splits = data.load(spec, root=root_of(spec, root))
         if splits.multi_label:
             raise ClipError(f"{spec} has several labels for an image: zero-shot classification gives one")
         found = Labelled(spec, splits.classes, splits.test)
     return found if classes is None else Labelled(found.name, read_classes(classes, found.classes), found.images)
+
+
+def root_of(spec: str, root: str | None) -> str | None:
+    """`root` for data that lie below one; sets with a place of their own may stand beside those in a list."""
+    return root if spec.partition("?")[0].partition(":")[0] not in ("bundled", "digits") else None
 
 
 def read_classes(file: str, known: Sequence[str]) -> list[str]:
