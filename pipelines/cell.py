@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import visionpeft as vp
 from visionpeft import data
+from visionpeft.methods import spt
 from visionpeft.pipelines.backbone import build
-from visionpeft.pipelines.methods import method_name, parse_method
+from visionpeft.pipelines.methods import Budget, method_name, parse_job_method, parse_method
 from visionpeft.pipelines.recipes import Plan
 from visionpeft.pipelines.settings import Config, Result
 from visionpeft.report.classification import predictions
@@ -46,9 +47,21 @@ class BaseCell:
     def __post_init__(self) -> None:
         self.splits = self.load()
         self.model, self.spec = self.build()
-        method = parse_method("full" if self.scratch else self.config.method, self.plan.fields)
+        method = parse_job_method("full" if self.scratch else self.config.method, self.plan.fields)
+        if isinstance(method, Budget):
+            method = self._allocate(method)
         self.tuner = vp.attach(self.model, method, train="head")
         self.model.to(self.accelerator.device)
+
+    def _allocate(self, asked: Budget) -> spt.SPT:
+        """What SPT buys, by the sensitivities of the first 16 batches of train, in the order of the data."""
+        size, feed = self.recipe.batch_size, self.train_feed("train")
+        device, criterion = self.accelerator.device, self.criterion("train")
+        pieces = [list(range(i, min(i + size, len(feed)))) for i in range(0, min(len(feed), 16 * size), size)]
+        batches = ((x.to(device), y.to(device)) for x, y in feed.batches(pieces, self.config.seed, 0))
+        scores = spt.sensitivity(self.model.to(device), batches, lambda logits, y: criterion(logits, y).mean())
+        method = None if asked.method is None else parse_method(asked.method)
+        return spt.allocate(self.model, scores, method, budget=asked.budget)
 
     @property
     def recipe(self) -> Recipe:
@@ -170,11 +183,12 @@ class Cell(BaseCell):
     """Classification."""
 
     measure: ClassVar[str] = "accuracy"
+    _head: nn.Module | None = field(default=None, init=False)
+    _features: dict[str, Feed] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._head = self._cacheable_head()
-        self._features: dict[str, Feed] = {}
 
     @property
     def trained(self) -> nn.Module:

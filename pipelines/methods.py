@@ -1,10 +1,11 @@
-"""Methods from the command line: a name, or name:field=value,field=value."""
+"""Methods from the command line: a name, or name:field=value,field=value; and SPT, which a cell makes from its data."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import visionpeft as vp
@@ -34,11 +35,42 @@ def parse_method(text: str, preset: Mapping[str, Any] | None = None) -> Any:
     if cls is None:
         raise MethodError(f"unknown method {name!r}: one of {', '.join(sorted(vp.METHODS))}; as baselines raw, scratch")
     known = [f.name for f in fields(cls) if f.init]
-    values = dict(preset or {}) | dict(_setting(part, text, known) for part in settings.split(",") if part.strip())
+    values = dict(preset or {}) | dict(_setting(part, text, known) for part in _parts(settings))
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise MethodError(f"{text!r} cannot be made: {error}") from error
+
+
+@dataclass(frozen=True)
+class Budget:
+    """SPT before it has seen model and data: "spt:budget=400000,method=lora", or without method for sparse entries."""
+
+    budget: int
+    method: str | None = None
+    """Name of the method that is allocated, with its defaults: lora, linear_adapter or any other."""
+
+
+def parse_job_method(text: str, preset: Mapping[str, Any] | None = None) -> Any:
+    """`parse_method`, or a Budget for spt.
+
+    Raises:
+        MethodError: as there; or there is no budget.
+    """
+    if method_name(text) != "spt":
+        return parse_method(text, preset)
+    known = [f.name for f in fields(Budget)]
+    values = dict(_setting(part, text, known) for part in _parts(text.partition(":")[2]))
+    if not isinstance(values.get("budget"), int) or values["budget"] < 1:
+        raise MethodError(f"{text!r}: SPT needs the number of scalars to spend: spt:budget=400000,method=lora")
+    if values.get("method") is not None:
+        parse_method(values["method"])
+    return Budget(**values)
+
+
+def _parts(settings: str) -> list[str]:
+    """Split at commas, those within brackets apart."""
+    return [part for part in re.split(r",(?![^(]*\))", settings) if part.strip()]
 
 
 def _setting(part: str, text: str, known: list[str]) -> tuple[str, Any]:

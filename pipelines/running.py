@@ -20,7 +20,7 @@ import torch
 
 from visionpeft.errors import VisionPEFTError
 from visionpeft.pipelines.cell import BaseCell
-from visionpeft.pipelines.methods import method_name, parse_method
+from visionpeft.pipelines.methods import method_name, parse_job_method
 from visionpeft.pipelines.parallel import Progress, side_by_side
 from visionpeft.pipelines.recipes import Plan
 from visionpeft.pipelines.selection import grid_points, select
@@ -96,7 +96,7 @@ def run(config: OneCell, progress: Progress | None = None) -> Result:
 def check(config: OneCell) -> None:
     """Refuse misspelt methods and grids before any work."""
     if method_name(config.method) not in BASELINES:
-        parse_method(config.method)
+        parse_job_method(config.method)
     grid_points(config.grid)
 
 

@@ -47,7 +47,7 @@ SAMPLES = 8
 """Test images in a report."""
 
 
-BUNDLED = {"linear": 1e-2, "full": 5e-4, "scratch": 1e-3, "ssf": 1e-2, "lora": 5e-3, "adaptformer": 5e-3}
+BUNDLED = {"linear": 3e-2, "full": 5e-4, "scratch": 1e-3, "ssf": 1e-2, "lora": 5e-3, "adaptformer": 5e-3}
 """Peak learning rates for the bundled model and data, which have half a minute a row."""
 
 

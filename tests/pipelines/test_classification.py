@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import visionpeft as vp
+from visionpeft.methods import spt
 from visionpeft.pipelines import cell as cell_module
 from visionpeft.pipelines.cell import Cell, load_splits
 from visionpeft.pipelines.classification import Config, run
@@ -61,6 +62,22 @@ def test_the_adapter_file_gives_the_same_model(config: Config) -> None:
     vp.load(cell.model, config.folder / "adapter.safetensors")
     accuracy = float((cell.logits("test").argmax(1).numpy() == splits.test.labels).mean())
     assert accuracy == pytest.approx(json.loads((config.folder / "result.json").read_text())["accuracy"])
+
+
+def test_spt_spends_its_budget_and_goes_through_a_file(make: Any) -> None:
+    """On train alone, first batches first; the file comes back and scores the same."""
+    config = make(method="spt:budget=30000,method=lora", epochs=1)
+    result = run(config)
+    cell = Cell(config, plan_for(config), make_accelerator())
+    images = cell.feed("train")
+    batches = [(images.inputs[i:i + 16], images.targets[i:i + 16]) for i in range(0, 48, 16)]  # type: ignore[attr-defined]
+    cell.tuner.detach()
+    plan = spt.allocate(cell.model, spt.sensitivity(cell.model, batches), vp.LoRA(), budget=30000)
+    tuner = vp.load(cell.model, config.folder / "adapter.safetensors")
+    assert list(tuner.method.structured) == list(plan.structured) and plan.structured
+    assert set(tuner.method.sparse) == set(plan.sparse) and list(tuner.method.vectors) == list(plan.vectors)
+    assert result.adapter_parameters == tuner.num_parameters
+    assert float((cell.logits("test").argmax(1).numpy() == cell.splits.test.labels).mean()) == result.accuracy
 
 
 def test_mosa_trains_with_its_own_term(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

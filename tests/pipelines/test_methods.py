@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import visionpeft as vp
-from visionpeft.pipelines.methods import MethodError, method_name, parse_method
+from visionpeft.pipelines.methods import Budget, MethodError, method_name, parse_job_method, parse_method
 from visionpeft.pipelines.selection import GridError, grid_points
 
 
@@ -14,6 +14,25 @@ def test_settings_are_read() -> None:
         rank=3, targets="query value", dropout=0.1)
     assert parse_method("ssf") == vp.SSF()
     assert method_name("lora:rank=3") == "lora"
+
+
+def test_commas_in_brackets_are_kept() -> None:
+    assert parse_method("noah:lora=(1,0),adapter=0,prompts=(2,3)") == vp.methods.NOAH(
+        lora=(1, 0), adapter=0, prompts=(2, 3))
+
+
+def test_a_budget() -> None:
+    assert parse_job_method("spt:budget=400000,method=lora") == Budget(400_000, "lora")
+    assert parse_job_method("spt:budget=9") == Budget(9)
+    assert parse_job_method("lora:rank=3", {"rank": 8}) == vp.LoRA(rank=3)
+
+
+@pytest.mark.parametrize("text, what", [("spt", "needs the number"), ("spt:budget=x", "needs the number"),
+                                        ("spt:budget=9,method=lorra", "unknown method 'lorra'"),
+                                        ("spt:budget=9,rank=3", "budget, method")])
+def test_what_no_budget_is(text: str, what: str) -> None:
+    with pytest.raises(MethodError, match=what):
+        parse_job_method(text)
 
 
 def test_the_user_overrides_the_preset() -> None:
