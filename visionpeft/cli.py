@@ -35,6 +35,7 @@ def _dispatch(arguments: list[str]) -> int:
     tyro = require("tyro", extra="train")
     # Evaluated here, since importing the pipelines takes a while and needs the train extra.
     from visionpeft.clip import commands as clip
+    from visionpeft.diffusion import commands as diffusion
     from visionpeft.pipelines import point_commands
     from visionpeft.pipelines import segmentation_settings as segmentation
     from visionpeft.pipelines.settings import Sweep
@@ -50,6 +51,7 @@ def _dispatch(arguments: list[str]) -> int:
     app.command(_inspect, name="inspect")
     app.command(_convert, name="convert")
     clip.register(app)
+    diffusion.register(app)
     point_commands.register(app)
     data.command(_check, name="check")
     app.command(data, name="data", help="Look after data sets.")

@@ -1,0 +1,333 @@
+"""From a few images of a subject to an adapter with which a diffusion pipeline draws it.
+
+    result = run(Config(base="~/stable-diffusion", images="~/cat", class_name="cat", method="krona", out="runs/cat"))
+
+The run folder holds config.json, adapter.safetensors, metrics.jsonl, previews, result.json, report.html and
+checkpoint.pt: a killed run goes on to the same numbers, a finished one can be extended with more `steps`.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import visionpeft as vp
+from visionpeft.data.subjects import Picture, make_buckets, nearest_bucket, read_subject
+from visionpeft.diffusion.errors import DiffusionError
+from visionpeft.diffusion.families import DiT, Family, family_of
+from visionpeft.diffusion.loading import digest, load_pipeline, parts
+from visionpeft.diffusion.prior import class_images
+from visionpeft.diffusion.training import Example, Trainer
+from visionpeft.diffusion.words import check_token, rare_token
+from visionpeft.pipelines.methods import parse_method
+from visionpeft.pipelines.personalisation_settings import Config, Result
+from visionpeft.report.personalisation import report
+from visionpeft.state import read_header
+from visionpeft.training import make_accelerator, runs
+
+__all__ = ["Config", "Result", "bundled", "draw", "run"]
+
+Watch = Callable[[str], None]
+BUNDLED = "bundled:"
+BLACK = 4  # a picture without a brighter value than this, of 255, is black
+
+
+@dataclass
+class Subject:
+    """Pictures, the words for them, and the prompt of each."""
+
+    pictures: list[Picture]
+    token: str
+    name: str
+    """Token and class, which stand for {} in prompts."""
+
+    def fill(self, prompt: str) -> str:
+        return prompt.replace("{}", self.name)
+
+
+def run(config: Config, watch: Watch | None = None, progress: Callable[[int, int, float], None] | None = None,
+        pipe: Any = None) -> Result:  # fmt: skip
+    """Personalise, go on with a killed run, extend a finished one, or return its result.
+
+    Args:
+        watch: called with each line of the account of what was found, before the first update, and with news.
+        progress: called with (updates done, all updates, loss).
+        pipe: the live pipeline of `config.base`, if it is loaded already; it is left without an adapter.
+
+    Raises:
+        VisionPEFTError: bad settings or data, a diverged run, or a folder that holds another run.
+    """
+    watch = watch or (lambda line: None)
+    check(config)
+    runs.claim(config.folder, config.identity())
+    done = config.folder / "result.json"
+    if done.exists() and (found := Result(**runs.read_json(done))).steps == config.steps:
+        return found
+    family = family_of(load_pipeline(config.base, config.base_config) if pipe is None else pipe)
+    subject = read(config, family, watch)
+    accelerator = make_accelerator(config.precision, (), config.folder)
+    for part in parts(family.pipe).values():
+        part.to(accelerator.device)
+    prior = _prior(config, family, watch)
+    examples, more = _examples(config, family, subject, prior)
+    base = digest(family.denoiser)
+    tuner = vp.attach(family.pipe, method_of(config), name="subject")
+    try:
+        return _train(config, family, tuner, subject, (examples, more), base, accelerator, watch, progress)
+    finally:
+        tuner.detach()
+
+
+def check(config: Config) -> None:
+    """Refuse settings that contradict each other before any work.
+
+    Raises:
+        DiffusionError: with what to change.
+    """
+    parse_method(config.method)
+    if config.prior and not config.class_name:
+        raise DiffusionError("prior preservation draws images of the subject's class: give class_name, such as dog")
+    for name in ("steps", "batch_size", "accumulation", "crops"):
+        if getattr(config, name) < 1:
+            raise DiffusionError(f"{name}={getattr(config, name)}: expected at least 1")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise DiffusionError(f"ema={config.ema}: expected a decay between 0 and 1")
+
+
+def method_of(config: Config) -> Any:
+    """The method, spread over the text encoders if they learn too."""
+    method = parse_method(config.method)
+    if config.train_text and method.targets is None:
+        if method.within is not None:
+            raise DiffusionError("train_text adapts all but the autoencoder: leave out it or the method's within")
+        return replace(method, within="*", exclude=method.exclude or "vae.*")
+    return method
+
+
+def read(config: Config, family: Family, watch: Watch) -> Subject:
+    """The subject's pictures and words.
+
+    Raises:
+        VisionPEFTError: no images, a bad one, a token that is several pieces or a known word.
+    """
+    if config.images.startswith(BUNDLED):
+        pictures = bundled(config.images.removeprefix(BUNDLED))
+    else:
+        pictures = read_subject(config.images, config.masks, config.skip_corrupt, config.allow_missing_captions, watch)
+    if isinstance(family, DiT):
+        if config.class_name is None:
+            raise DiffusionError("a DiT learns a class, not a word: give its number as class_name")
+        return Subject(pictures, config.class_name, config.class_name)
+    tokenizers = [getattr(family.pipe, name, None) for name in family.tokenizers]
+    token = config.token or rare_token(tokenizers[0])
+    for tokenizer in tokenizers:
+        if tokenizer is not None:
+            check_token(tokenizer, token)
+    return Subject(pictures, token, f"{token} {config.class_name}" if config.class_name else token)
+
+
+def bundled(name: str, part: str = "train") -> list[Picture]:
+    """Pictures of a drawn subject of `visionpeft.data.scenes`; `part` is train, or test for other poses.
+
+    Raises:
+        DiffusionError: there is none of that name.
+    """
+    with np.load(io.BytesIO((files("visionpeft.assets") / "nano_subjects.npz").read_bytes())) as file:
+        found = {key: file[key].tobytes() for key in file.files if key.startswith(f"{part}/{name}/")}
+        names = sorted({key.split("/")[1] for key in file.files})
+    if not found:
+        raise DiffusionError(f"no bundled subject is called {name!r}: choose one of {', '.join(names)}")
+    return [Picture(Path(key), data, (32, 32)) for key, data in sorted(found.items())]
+
+
+def _prior(config: Config, family: Family, watch: Watch) -> list[Picture]:
+    if not config.prior:
+        return []
+    prompt = config.prompt.replace("{}", str(config.class_name))
+    watch(f"{config.prior} class images of {prompt!r}, drawn once")
+    return class_images(
+        family, prompt, config.prior, Path(config.cache).expanduser(), steps=config.inference_steps,
+        guidance=config.guidance, seed=config.seed, side=config.resolution or family.resolution,
+    )  # fmt: skip
+
+
+def _examples(config: Config, family: Family, subject: Subject,
+              prior: Sequence[Picture]) -> tuple[list[Example], list[Example]]:  # fmt: skip
+    side = config.resolution or family.resolution
+    buckets = make_buckets(side, family.multiple)
+    if not config.buckets:
+        buckets = [(side, side)]
+    prompts = [subject.fill(config.prompt if p.caption is None else p.caption) for p in subject.pictures]
+    if isinstance(family, DiT):
+        prompts = [subject.name] * len(prompts)
+    own = [Example(p, nearest_bucket(p.size, buckets), prompt)
+           for p, prompt in zip(subject.pictures, prompts, strict=True)]  # fmt: skip
+    return own, [Example(p, (side, side), str(p.caption)) for p in prior]
+
+
+def account(config: Config, family: Family, tuner: vp.Tuner, subject: Subject, examples: Sequence[Example],
+            prior: Sequence[Example]) -> list[str]:  # fmt: skip
+    """What was found, in lines, as it is printed before the first update."""
+    captions = [p.caption for p in subject.pictures if p.caption is not None]
+    sizes: dict[tuple[int, int], int] = {}
+    for example in examples:
+        sizes[example.size] = sizes.get(example.size, 0) + 1
+    lines = [
+        f"images: {len(examples)}, captions matched: {len(captions)}, class images: {len(prior)}",
+        "buckets: " + ", ".join(f"{h}x{w} ({n})" for (h, w), n in sorted(sizes.items())),
+        f"prompt: {examples[0].prompt!r}",
+        f"steps: {config.steps}, each of {config.batch_size * config.accumulation} images"
+        + (" and as many class images" if prior else ""),
+        f"{tuner.method.summary()}: {tuner.num_parameters:,} parameters, {len(tuner.sites)} sites, lr {config.rate:g}",
+        f"memory expected: {memory(config, family, tuner) / 2**20:,.0f} MiB for weights, gradients, optimiser and "
+        "average; activations come on top",
+    ]
+    silent = sum(subject.token not in e.prompt for e in examples)
+    if silent:
+        lines.append(f"NOTE: {silent} captions do not have the token {subject.token!r}: write {{}} where it belongs")
+    return lines
+
+
+def memory(config: Config, family: Family, tuner: vp.Tuner) -> int:
+    """Bytes of all weights, and of what learns three more float32 copies (gradient, two moments), with an average four.
+    """
+    weights = sum(t.numel() * t.element_size() for p in parts(family.pipe).values() for t in p.state_dict().values())
+    learns = sum(p.numel() for p in tuner.parameters())
+    return weights + 4 * learns * (3 if config.ema is None else 4)
+
+
+def _train(config: Config, family: Family, tuner: vp.Tuner, subject: Subject, examples: Any, base: str,
+           accelerator: Any, watch: Watch, progress: Any) -> Result:  # fmt: skip
+    prompt = examples[0][0].prompt
+    result = Result(config.base, config.method, subject.token, prompt, parameters=tuner.num_parameters,
+                    folder=str(config.folder), versions=_versions())  # fmt: skip
+    result.account = account(config, family, tuner, subject, *examples)
+    for line in result.account:
+        watch(line)
+    trainer = Trainer(config, family, tuner, *examples, accelerator, config.folder)
+    for part in (family.denoiser, *family.text_encoders.values()):
+        part.train()
+    if config.gradient_checkpointing:
+        family.denoiser.enable_gradient_checkpointing()
+    prompts = [subject.fill(p) for p in config.previews] if not isinstance(family, DiT) else [subject.name]
+    begin = time.perf_counter()
+
+    def after(step: int) -> None:
+        if config.preview_every and step % config.preview_every == 0 and step < config.steps:
+            preview(config, family, trainer, prompts, step, result.notes)
+
+    try:
+        trainer.run(progress, after)
+    finally:
+        family.denoiser.disable_gradient_checkpointing()
+        for part in (family.denoiser, *family.text_encoders.values()):
+            part.eval()
+    result.seconds = time.perf_counter() - begin
+    preview(config, family, trainer, prompts, config.steps, result.notes)
+    return _finish(config, family, trainer, subject, base, result, watch)
+
+
+def preview(config: Config, family: Family, trainer: Trainer, prompts: Sequence[str], step: int,
+            notes: list[str]) -> None:  # fmt: skip
+    """Draw the previews with what would be saved now; a black one is told in the notes."""
+    if not trainer.accelerator.is_main_process:
+        return
+    kept = {name: t.clone() for name, t in trainer.tuner.state_dict().items()}
+    training = family.denoiser.training
+    trainer.tuner.load_state_dict({name: t.clone() for name, t in trainer.result().items()})
+    family.denoiser.eval()
+    for i, prompt in enumerate(prompts):
+        image = family.draw(prompt, config.seed + i, config.inference_steps, config.guidance)
+        if np.asarray(image).max() <= BLACK:
+            notes.append(f"the preview of {prompt!r} at step {step} is black: the rate is too high, or half precision "
+                         "overflows in the autoencoder")  # fmt: skip
+        with runs.replacing(config.folder / "previews" / f"{step:06d}_{i}.png") as temporary:
+            image.save(temporary, format="PNG")
+    trainer.tuner.load_state_dict(kept)
+    family.denoiser.train(training)
+
+
+def _finish(config: Config, family: Family, trainer: Trainer, subject: Subject, base: str, result: Result,
+            watch: Watch) -> Result:  # fmt: skip
+    trainer.tuner.load_state_dict({name: t.clone() for name, t in trainer.result().items()})
+    result.steps, result.segments = trainer.step, trainer.segments
+    last = trainer.losses[-max(1, len(trainer.losses) // 10) :]
+    result.loss = sum(last) / len(last)
+    path = config.folder / "adapter.safetensors"
+    if trainer.accelerator.is_main_process:
+        trainer.tuner.save(path, base=config.base, token=subject.token, prompt=result.prompt,
+                           class_name=config.class_name, denoiser=base)  # fmt: skip
+        result.file_bytes = path.stat().st_size
+    if config.score_images:
+        from visionpeft.diffusion.scores import compare
+
+        watch("scoring")
+        compare(config, family, trainer.tuner, subject, result)
+    if trainer.accelerator.is_main_process:
+        runs.write_text(config.folder / "report.html", report(result, trainer.rows(), config.folder))
+        runs.write_json(config.folder / "result.json", asdict(result))
+    for note in result.notes:
+        watch(f"NOTE: {note}")
+    return result
+
+
+def draw(base: str, adapters: dict[str, float], prompts: Sequence[str], *, base_config: str | None = None,
+         count: int = 1, seed: int = 0, steps: int = 25, guidance: float = 7.5,
+         side: int | None = None, watch: Watch | None = None) -> list[tuple[str, Any]]:  # fmt: skip
+    """Images (prompt, PIL image) from a base and adapter files with their strengths.
+
+    Args:
+        watch: told where an adapter was trained on a base of the same shapes with other weights.
+
+    {} in a prompt becomes the token and the class of the first adapter.
+
+    Raises:
+        VisionPEFTError: a base, adapter or prompt that does not fit; an adapter of another base, with differences.
+    """
+    family = family_of(load_pipeline(base, base_config))
+    _note_base(family, adapters, watch)
+    tuners = {f"adapter{i}": vp.load(family.pipe, path, name=f"adapter{i}") for i, path in enumerate(adapters)}
+    if tuners:
+        vp.activate(family.pipe, dict(zip(tuners, adapters.values(), strict=True)))
+    first = next(iter(adapters), None)
+    name = "" if first is None else subject_of(first)
+    found = []
+    for prompt in prompts:
+        text = prompt.replace("{}", name)
+        family.text([text])  # refuses what is too long
+        found += [(text, family.draw(text, seed + i, steps, guidance, side)) for i in range(count)]
+    return found
+
+
+def _note_base(family: Family, adapters: Sequence[str] | dict[str, float], watch: Watch | None) -> None:
+    here = digest(family.denoiser)
+    for path in adapters:
+        about = _about(path)
+        if watch is not None and about.get("denoiser", here) != here:
+            watch(f"NOTE: {path} was trained on {about.get('base')!r}, whose weights are others than these")
+
+
+def subject_of(path: str) -> str:
+    """Token and class that an adapter file was trained with; empty if it does not say."""
+    about = _about(path)
+    return " ".join(str(about[key]) for key in ("token", "class_name") if about.get(key))
+
+
+def _about(path: str) -> dict[str, Any]:
+    return read_header(path).get("metadata", {})
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+    import transformers
+
+    return {"visionpeft": vp.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__, "threads": str(torch.get_num_threads())}  # fmt: skip
