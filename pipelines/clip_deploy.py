@@ -85,7 +85,7 @@ def _few_shot(file: Path, header: dict[str, Any], paths: Sequence[str], names: l
     if file.name != few_shot.HEAD:
         vp.load(clip.model, file)
         fitted = fitter.zero_shot()
-    elif names != header["classes"] and config.method in ("gda", "tip", "tip_f"):
+    elif names != header["classes"] and config.method in ("gda", "tip", "tip_f", "linear_probe"):
         raise ClipError(f"{file}: {config.method} knows only the classes that it was made for: leave --classes out")
     else:
         fitted = fitter.restore(load_file(file), header["chosen"], header["classes"])

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 
 from visionpeft import data
-from visionpeft.clip.data import base_and_new, draw_shots, harmonic, load_coop, root_of
+from visionpeft.clip.data import Labelled, base_and_new, draw_shots, harmonic, load_coop, load_images, root_of
 from visionpeft.clip.errors import ClipError
 from visionpeft.clip.model import build
 from visionpeft.clip.scores import classification_scores
@@ -48,13 +48,15 @@ class Config:
     root: str | None = None
     """Folder that holds the data sets."""
     method: str = "clip_lora"
-    """clip_lora, clipfit, gda, tip, tip_f, clip_adapter, coop, ivlp, promptsrc, or an adapter such as
+    """clip_lora, clipfit, gda, tip, tip_f, clip_adapter, linear_probe, coop, ivlp, promptsrc, or an adapter such as
     lora:rank=4,tower=image."""
     shots: int = 16
     """Images per class to train on."""
     seed: int = 1
     templates: str = PHOTO
     """As in `visionpeft zero-shot`; adapters train with the first."""
+    others: tuple[str, ...] = ()
+    """More sets to test on, by their class names, as in `visionpeft zero-shot`: what tuning costs elsewhere."""
     base_to_new: bool = False
     """Train on the first half of the classes, and test on both halves."""
     iterations: int | None = None
@@ -85,7 +87,7 @@ class Config:
 
 @dataclass
 class Result:
-    """Scores by test set ("test", or "base" and "new"), as fractions."""
+    """Scores by test set ("test", or "base" and "new", then the others by name), as fractions."""
 
     data: str
     method: str
@@ -111,10 +113,12 @@ def run(config: Config, watch: Callable[[int, int, float], None] | None = None) 
         VisionPEFTError: unknown data or method, a class without images, a diverged run, a folder of another run.
     """
     splits = load(config)
-    train, tests = splits, {"test": splits}
+    train, tests = splits, [("test", splits)]
     if config.base_to_new:
-        base, new = base_and_new(splits)
-        train, tests = base, {"base": base, "new": new}
+        train, new = base_and_new(splits)
+        tests = [("base", train), ("new", new)]
+    labelled = [Labelled(name, part.classes, part.test) for name, part in tests]
+    labelled += [load_images(spec, config.root) for spec in config.others]
     accelerator = make_accelerator(config.precision)
     clip = build(config.model, config.checkpoint)
     clip.model.to(accelerator.device).requires_grad_(False)
@@ -124,11 +128,11 @@ def run(config: Config, watch: Callable[[int, int, float], None] | None = None) 
     if (folder / "result.json").exists():
         return Result(**runs.read_json(folder / "result.json"))
     result = Result(splits.name, config.method, folder=str(folder))
-    result.before = _scores(fitter.zero_shot(), tests, train)
+    result.before = _scores(fitter.zero_shot(), labelled)
     begin = time.perf_counter()
     fitted = fitter.fit(train.train, train.val, train.classes)
     result.seconds = time.perf_counter() - begin
-    result.after, result.chosen, result.losses = _scores(fitted, tests, train), fitted.chosen, fitted.losses
+    result.after, result.chosen, result.losses = _scores(fitted, labelled), fitted.chosen, fitted.losses
     result.parameters = fitted.parameters
     if config.base_to_new:
         result.harmonic = harmonic(result.after["base"]["top1"], result.after["new"]["top1"])
@@ -150,11 +154,12 @@ def load(config: Config) -> Splits:
     return replace(splits, train=train, val=draw_shots(splits.val, min(config.shots, 4), config.seed), train_val=train)
 
 
-def _scores(fitted: Fitted, tests: dict[str, Splits], train: Splits) -> dict[str, dict[str, float]]:
+def _scores(fitted: Fitted, tests: Sequence[Labelled]) -> dict[str, dict[str, float]]:
+    """The first set has the classes of the training images."""
     found = {}
-    for name, splits in tests.items():
-        logits = fitted.logits(splits.test, splits.classes, splits is train)
-        found[name] = classification_scores(logits.float().cpu(), torch.from_numpy(splits.test.labels))
+    for i, labelled in enumerate(tests):
+        logits = fitted.logits(labelled.images, labelled.classes, i == 0)
+        found[labelled.name] = classification_scores(logits.float().cpu(), torch.from_numpy(labelled.images.labels))
     return found
 
 

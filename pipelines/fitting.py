@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import visionpeft as vp
 from visionpeft.clip.features import FeatureCache, image_features
-from visionpeft.clip.heads import FACTOR, GDA, CLIPAdapter, TipAdapter
+from visionpeft.clip.heads import FACTOR, GDA, CLIPAdapter, LinearProbe, TipAdapter
 from visionpeft.clip.ivlp import IVLP, gaussian_weights
 from visionpeft.clip.losses import clipfit_loss, promptsrc_loss
 from visionpeft.clip.model import Clip
@@ -27,7 +27,8 @@ from visionpeft.methods import LNTuning
 from visionpeft.pipelines.methods import method_name, parse_method
 
 PROMPTS = ("coop", "ivlp", "promptsrc")
-HEADS = ("gda", "tip", "tip_f", "clip_adapter", *PROMPTS)
+ON_FEATURES = ("gda", "tip", "tip_f", "clip_adapter", "linear_probe")
+HEADS = (*ON_FEATURES, *PROMPTS)
 """What gives no adapter file."""
 
 # CLIP-LoRA: rank 2 on query, key and value of every block of both towers, scale 1 / sqrt 2, 500 updates a shot.
@@ -79,9 +80,9 @@ class Fitter:
 
     def fit(self, train: ImageSet, val: ImageSet, classes: Sequence[str]) -> Fitted:
         """Tune on the training images; strengths and epochs from the validation images."""
-        if self.name in ("gda", "tip", "tip_f", "clip_adapter"):
-            fit = {"gda": self._gda, "clip_adapter": self._clip_adapter}.get(self.name, self._tip)
-            return fit(train, val, classes)
+        if self.name in ON_FEATURES:
+            return {"gda": self._gda, "clip_adapter": self._clip_adapter, "linear_probe": self._probe}.get(
+                self.name, self._tip)(train, val, classes)  # fmt: skip
         torch.manual_seed(self.config.seed)
         return {"clipfit": self._clipfit, "coop": self._coop, "ivlp": self._ivlp, "promptsrc": self._promptsrc}.get(
             self.name, self._adapter)(train, classes)  # fmt: skip
@@ -92,6 +93,8 @@ class Fitter:
             return self._of_gda(GDA(tensors["v"], tensors["b"], **chosen), classes)
         if self.name in ("tip", "tip_f"):
             return self._of_tip(TipAdapter(tensors["keys"], tensors["values"], **chosen), classes)
+        if self.name == "linear_probe":
+            return self._of_probe(LinearProbe(tensors["a"], tensors["b"]))
         module: Any = self._empty(classes, tensors)
         module.load_state_dict(tensors)
         return self._of_adapter(module, classes) if self.name == "clip_adapter" else self._of_prompts(module)
@@ -289,6 +292,19 @@ class Fitter:
             return FACTOR * head(self._features(images)) @ (w if seen else self._weights(names))
 
         return Fitted(logits, head.state_dict())
+
+    def _probe(self, train: ImageSet, val: ImageSet, classes: Sequence[str]) -> Fitted:
+        y, (f, val_y) = torch.from_numpy(train.labels), self._validation(val)
+        return self._of_probe(LinearProbe.fit(self._features(train), y, len(classes), f, val_y))
+
+    def _of_probe(self, probe: LinearProbe) -> Fitted:
+        """Of other classes it knows nothing: there the zero-shot classifier stands."""
+
+        def logits(images: ImageSet, names: Sequence[str], seen: bool) -> Tensor:
+            x = self._features(images)
+            return probe.logits(x) if seen else FACTOR * x @ self._weights(names)
+
+        return Fitted(logits, {"a": probe.a, "b": probe.b})
 
     def _validation(self, val: ImageSet) -> tuple[Tensor, Tensor]:
         return self._features(val), torch.from_numpy(val.labels)

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
 
 from visionpeft.clip import ClipError
-from visionpeft.clip.heads import GDA, CLIPAdapter, TipAdapter, _descend
+from visionpeft.clip.heads import GDA, CLIPAdapter, LinearProbe, TipAdapter, _descend
 
 C, D = 5, 12
 
@@ -150,6 +151,17 @@ def test_clip_adapter_counts_and_ignores_the_length_of_its_input():
         mixed = 0.2 * F.relu(F.relu(f @ adapter.down.weight.t()) @ adapter.up.weight.t()) + 0.8 * f
         torch.testing.assert_close(adapter(f), mixed / mixed.norm(dim=1, keepdim=True))
         torch.testing.assert_close(adapter(7 * f), adapter(f))
+
+
+def test_the_linear_probe_is_logistic_regression_with_the_c_that_validation_likes():
+    f, y, _ = planted(16)
+    val, val_y, _ = planted(12, seed=2)
+    probe = LinearProbe.fit(f, y, C, val, val_y)
+    fits = [LogisticRegression(C=10.0**e, max_iter=1000).fit(f.double(), y) for e in range(-3, 5)]
+    scores = [fit.score(val.double(), val_y) for fit in fits]
+    chosen = fits[scores.index(max(scores))]
+    torch.testing.assert_close(probe.logits(val), torch.from_numpy(chosen.decision_function(val.double())))
+    assert max(scores) > min(scores)
 
 
 def test_a_class_without_images_is_named():

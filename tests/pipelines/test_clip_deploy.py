@@ -79,8 +79,8 @@ def accuracy(found, root):
     return sum(p.label == names[p.path] for p in found) / len(names)
 
 
-@pytest.mark.parametrize("method", ["clip_lora", "clipfit", "ln_tuning", "gda", "tip_f", "clip_adapter", "coop", "ivlp",
-                                    "promptsrc"])  # fmt: skip
+@pytest.mark.parametrize("method", ["clip_lora", "clipfit", "ln_tuning", "gda", "tip_f", "clip_adapter", "linear_probe",
+                                    "coop", "ivlp", "promptsrc"])  # fmt: skip
 def test_few_shot_runs_predict_as_they_scored(root, tmp_path, method):
     result = tuned(root, tmp_path, method)
     found = clip_deploy.predict(tmp_path, root / "set" / "test")

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 import visionpeft as vp
 from visionpeft import cli
 from visionpeft.clip import ClipError
-from visionpeft.clip.data import base_and_new, harmonic, load_coop, read_split
+from visionpeft.clip.data import base_and_new, harmonic, load_coop, load_images, read_split
 from visionpeft.clip.model import Clip
+from visionpeft.clip.scores import classification_scores
 from visionpeft.clip.tuning import Steps
 from visionpeft.data.preprocessing import Preprocessing
 from visionpeft.errors import DataError
@@ -29,7 +30,7 @@ PREPARE = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16))
 COLOURS = {"red": (220, 30, 30), "lime": (30, 220, 30), "blue": (30, 30, 220), "grey": (120, 120, 120),
            "pink": (240, 150, 180)}  # fmt: skip
 METHODS = ("clip_lora", "clipfit", "ln_tuning", "lora:rank=2,tower=image", "block_lora:rank=2", "gda", "tip", "tip_f",
-           "clip_adapter", "coop", "ivlp", "promptsrc")  # fmt: skip
+           "clip_adapter", "linear_probe", "coop", "ivlp", "promptsrc")  # fmt: skip
 
 
 def tokenizer(texts, context_length=32):
@@ -101,7 +102,7 @@ def test_permuting_the_test_labels_changes_nothing_that_was_learnt_or_chosen(roo
     (first, tensors), (second, again) = found
     assert first.chosen == second.chosen and first.parameters == second.parameters
     assert list(tensors) == list(again) and all(torch.equal(tensors[k], again[k]) for k in tensors)
-    if method in ("gda", "tip", "tip_f"):  # the others may still give one class for all, which scores alike
+    if method in ("gda", "tip", "tip_f", "linear_probe"):  # others may still name one class for all
         assert first.after != second.after
 
 
@@ -128,6 +129,20 @@ def test_base_to_new_tests_both_halves(root, tmp_path, method):
     assert set(result.before) == {"base", "new"}
     if method == "tip":  # it knows nothing of other classes
         assert result.after["new"] == result.before["new"]
+
+
+@pytest.mark.parametrize("method", ["lora:rank=2", "linear_probe", "tip", "gda", "ivlp"])
+def test_other_sets_tell_what_was_forgotten(root, tmp_path, method):
+    """By their own class names; heads that know nothing of other classes leave the zero-shot classifier there."""
+    result = run(config(root, tmp_path, method, others=("digits?test=60",)))
+    assert list(result.before) == list(result.after) == ["test", "digits?test=60"]
+    fitter = few_shot.Fitter(config(root, tmp_path, method), Clip(tiny(), tokenizer, PREPARE, "tiny"), None)
+    digits = load_images("digits?test=60")
+    alone = classification_scores(fitter.zero_shot().logits(digits.images, digits.classes, False),
+                                  torch.from_numpy(digits.images.labels))  # fmt: skip
+    assert result.before["digits?test=60"] == alone
+    same = result.after["digits?test=60"] == alone
+    assert same == (method in ("linear_probe", "tip"))
 
 
 def test_halves_are_cut_by_label_and_counted_from_zero(root):

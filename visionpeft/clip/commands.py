@@ -42,7 +42,7 @@ def _zero_shot(config: ZeroShot = _ZERO_SHOT) -> int:
 
     With an adapter: scores before and after on every set, and accuracy over the adapter's scale from 0 to 1. With no
     arguments: the bundled nano CLIP on Fashion-MNIST, whose classes it never saw, then tuned there by CLIP-LoRA on 16
-    images per class; with --root alone the same, and what is lost on CIFAR-10, which torchvision finds or fetches there.
+    images per class; with --root alone the same and what is lost on CIFAR-10, which torchvision finds or fetches there.
     """
     from visionpeft.pipelines.zero_shot import run
     from visionpeft.report.console import _console, _table

@@ -5,6 +5,7 @@ Features f are of unit length, W (d, C) is the zero-shot classifier, 100 the fac
     CLIPAdapter    f' = r MLP(f) + (1 - r) f, then unit length                    (Gao et al., arXiv 2110.04544)
     TipAdapter     100 f W + alpha exp(-beta (1 - f F^T)) L, F the training features, L their one-hot labels; in
                    Tip-Adapter-F the keys F learn                                 (Zhang et al., arXiv 2207.09519)
+    LinearProbe    f A + b, logistic regression on the features alone; W plays no part
     GDA            100 f W + alpha (f V + b), Gaussian discriminant analysis      (Wang et al., arXiv 2402.04087)
 
 Strengths (alpha, beta) and epochs are chosen on validation images. The official Tip-Adapter-F takes the epoch that is
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionpeft.clip.errors import ClipError
+from visionpeft.errors import require
 
 FACTOR = 100.0
 
@@ -145,6 +147,32 @@ def _descend(module: nn.Module, logits: object, features: Tensor, labels: Tensor
         if accuracy > best:
             best, kept = accuracy, {k: v.clone() for k, v in module.state_dict().items()}
     module.load_state_dict(kept)
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Logistic regression, A (d, C) and b (C)."""
+
+    a: Tensor
+    b: Tensor
+
+    @classmethod
+    def fit(cls, features: Tensor, labels: Tensor, classes: int, val: Tensor, val_labels: Tensor) -> LinearProbe:
+        """L-BFGS of scikit-learn; C among 10^-3 ... 10^4, the first that is best on the validation features."""
+        check(features, labels, classes)
+        linear = require("sklearn.linear_model", extra="train")
+        best, kept = -1.0, None
+        for c in (10.0**e for e in range(-3, 5)):
+            fitted = linear.LogisticRegression(C=c, max_iter=1000).fit(features.double().numpy(), labels.numpy())
+            probe = cls(torch.from_numpy(fitted.coef_.T.copy()), torch.from_numpy(fitted.intercept_.copy()))
+            if (accuracy := top1(probe.logits(val), val_labels)) > best:
+                best, kept = accuracy, probe
+        assert kept is not None
+        return kept
+
+    def logits(self, f: Tensor) -> Tensor:
+        """Features (N, d) -> (N, C), float64."""
+        return f.double() @ self.a + self.b
 
 
 # ---- Gaussian discriminant analysis ---------------------------------------------------------------------------------

@@ -1,0 +1,79 @@
+"""A table of few-shot methods over seeds: accuracy on the tuned set, and on other sets before and after.
+
+    python scripts/evaluate_few_shot.py --methods clip_lora coop gda --seeds 1 2 3 --shots 16 --others npz:cifar.npz
+
+Every cell is a run of `visionpeft few-shot` with its folder below `--out`; finished ones are read, not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from visionpeft.errors import VisionPEFTError
+from visionpeft.pipelines.few_shot import Config, Result, run
+from visionpeft.pipelines.fitting import HEADS
+from visionpeft.training import runs
+
+
+def config(args: argparse.Namespace, method: str, seed: int) -> Config:
+    """`--iterations` and `--lr` are for adapters, `--prompt-updates` for ivlp and promptsrc; heads take neither."""
+    out = str(Path(args.out) / runs.slug(f"{method}-{args.shots}shots-seed{seed}"))
+    given = {"iterations": args.iterations, "lr": args.lr} if method not in HEADS else {}
+    if method in ("ivlp", "promptsrc") and args.prompt_updates is not None:
+        given = {"iterations": args.prompt_updates}
+    return Config(args.model, args.checkpoint, args.data, args.root, method, args.shots, seed,
+                  others=tuple(args.others), out=out, **given)  # fmt: skip
+
+
+def cell(values: list[float]) -> str:
+    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.2f}{spread}"
+
+
+def line(method: str, found: list[Result], first: bool) -> str:
+    """One row; `first` is that of the model alone."""
+    which = [r.before if first else r.after for r in found]
+    names = list(found[0].before)
+    cells = [cell([scores[name]["top1"] for scores in which]) for name in names]
+    parameters = "0" if first else f"{found[0].parameters:,}"
+    seconds = "-" if first else f"{statistics.median(r.seconds for r in found):.0f}"
+    return f"| {method} | " + " | ".join(cells) + f" | {parameters} | {seconds} |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--model", default="nano_clip")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--data", default="bundled")
+    parser.add_argument("--root")
+    parser.add_argument("--others", nargs="*", default=[])
+    parser.add_argument("--shots", type=int, default=16)
+    parser.add_argument("--iterations", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--prompt-updates", type=int)
+    parser.add_argument("--out", default="runs/few_shot_table")
+    args = parser.parse_args(arguments)
+    lines: list[str] = []
+    try:
+        for method in args.methods:
+            found = [run(config(args, method, seed)) for seed in args.seeds]
+            if not lines:
+                names = " | ".join(f"{name}, %" for name in found[0].before)
+                lines = [f"| method | {names} | scalars | s |", "|---|" + "---:|" * (len(found[0].before) + 2)]
+                lines.append(line("zero-shot", found, first=True))
+            lines.append(line(method, found, first=False))
+            print(lines[-1], flush=True)
+    except VisionPEFTError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
