@@ -156,13 +156,19 @@ def _merge(run: str, out: str = "model.safetensors", export: str | None = None, 
     return 0
 
 
-def _inspect(model: str) -> int:
-    """Show the places of a model where methods can act.
+def _inspect(model: str, memory: bool = False, method: str = "lora", batch: int = 1) -> int:
+    """Show the places of a model where methods can act, or what a method makes it keep in memory at each.
 
     Args:
         model: nano_vit, or any timm name; no weights are needed.
+        memory: Attach the method and count the bytes alive after forward, with and without each adapter.
+        method: A method with its settings, such as "lora:targets=linear".
+        batch: Images that are looked at.
     """
     import torch
+
+    if memory:
+        return _memory(model, method, batch)
 
     import visionpeft as vp
     from visionpeft.pipelines.backbone import Backbone, build
@@ -170,6 +176,19 @@ def _inspect(model: str) -> int:
     with torch.device("meta"):
         backbone = build(Backbone(model), 10, pretrained=False)
     print(vp.inspect(backbone))
+    return 0
+
+
+def _memory(model: str, method: str, batch: int) -> int:
+    import torch
+
+    import visionpeft as vp
+    from visionpeft.pipelines.backbone import Backbone, build
+    from visionpeft.pipelines.methods import parse_method
+
+    backbone = build(Backbone(model), 10, pretrained=False)
+    tuner = vp.attach(backbone, parse_method(method), train="head")
+    print(tuner.memory_report(torch.randn(batch, *backbone.pretrained_cfg["input_size"])))
     return 0
 
 

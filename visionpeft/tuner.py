@@ -18,6 +18,8 @@ from visionpeft.sites import Backbone, Site
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from visionpeft.account import MemoryReport
+
 
 class Tuner:
     """One adapter in one model.
@@ -266,6 +268,16 @@ class Tuner:
         from visionpeft.probing import probe
 
         probe(self, example)
+
+    def memory_report(self, *example: Any) -> MemoryReport:
+        """What each adapter makes the model keep between forward and backward, in bytes; prints as a table.
+
+        Raises:
+            VisionPEFTError: the adapter does not act at present.
+        """
+        from visionpeft.account import memory_report
+
+        return memory_report(self, example)
 
     def save(self, path: str | Path, **metadata: Any) -> None:
         """Write one `.safetensors` file; `metadata` is anything that JSON takes. If it fails, the old file stays."""
