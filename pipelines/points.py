@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from visionpeft import data
 from visionpeft.data.clouds import load_clouds
 from visionpeft.data.parts import PartSplits, check_parts, is_parts, load_parts
 from visionpeft.errors import require
+from visionpeft.methods.point_memory import remember
 from visionpeft.models import point_transformer
 from visionpeft.pipelines.backbone import ModelError
 from visionpeft.pipelines.cell import MOST_CLASSES, BaseCell
@@ -221,6 +223,11 @@ class Cell(BaseCell):
         many = _ordered(config.data, config.root, part, drawn_from(config.seen))
         make = PartFeed if is_parts(config.data) else CloudFeed
         return make(many, torch.from_numpy(clouds.labels), config.seen, self.recipe.augment or "none", clouds)
+
+    def train(self, part: str, folder: Path, evaluate_test_every: int = 0, progress: Any = None) -> None:
+        if getattr(self.tuner.method, "memory", 0):
+            remember(self.tuner, plain_feed(self.config, part).clouds[:, : self.config.seen, :3])
+        super().train(part, folder, evaluate_test_every, progress)
 
     def criterion(self, part: str) -> Criterion:
         weights = None

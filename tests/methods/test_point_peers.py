@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import visionpeft as vp
-from visionpeft.errors import SiteError
+from visionpeft.errors import MethodError, SiteError
+from visionpeft.methods.point_memory import remember
 from visionpeft.models import point_ops
 from visionpeft.models.point_transformer import create
 
@@ -21,13 +26,13 @@ def points(batch: int = 3, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(batch, 40, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def adapted(key: str, dtype=torch.float64, **fields):
+def adapted(key: str, dtype=torch.float64, **given):
     torch.manual_seed(0)
     model = create("point_mae", num_classes=5, **TINY).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
-    tuner = vp.attach(model, vp.METHODS[key](**FIELDS[key], **fields), train="head")
+    tuner = vp.attach(model, vp.METHODS[key](**(FIELDS[key] | given)), train="head")
     with torch.no_grad():
         for p in tuner.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
@@ -174,9 +179,40 @@ def test_ppt_by_its_description():
     close(model, hand.head(tuner, x[:, 0], x[:, 9:].mean(1), x[:, 1:9].mean(1)))
 
 
-def test_point_peft_by_its_description():
-    model, tuner = adapted("point_peft")
+def clouds(count: int = 7, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(count, 40, 3, generator=torch.Generator().manual_seed(8)).to(dtype)
+
+
+def frozen_features(hand, x):
+    """The maximum over the tokens of the model without class token and adapters."""
+    around, centres = point_ops.group(x, 8, 4)
+    t, pos = hand.encode(around), hand.position(centres)
+    for i in range(2):
+        t = hand.attention(f"blocks.blocks.{i}", t + pos)
+        t = t + hand.mlp(f"blocks.blocks.{i}", hand.norm(f"blocks.blocks.{i}.norm2", t))
+    return hand.norm("norm", t).max(1).values
+
+
+@pytest.mark.parametrize("memory", [0, 5])
+def test_point_peft_by_its_description(memory):
+    model, tuner = adapted("point_peft", memory=memory, **({"tokens": 4} if memory else {}))
     hand, (shared,) = Hand(model), [a for site, a in tuner.adapters.items() if site.kind == "shared"]
+    count = 4 if memory else 2
+    if memory:
+        model.train()
+        remember(tuner, clouds())
+        assert model.blocks.blocks[0].norm1.training
+        model.eval()
+        rows = torch.stack([frozen_features(hand, c[None])[0] for c in clouds()[[0, 2, 3, 4, 6]]])  # 5 of 7, evenly
+        rows = rows / rows.norm(dim=1, keepdim=True)
+        priors = []
+        for f in frozen_features(hand, points()):
+            s = rows @ f / f.norm()
+            first, second = s.argsort(descending=True)[:2]
+            w = torch.stack([s[first], s[second]]).softmax(0)
+            mean = w[0] * rows[first] + w[1] * rows[second]
+            priors.append(torch.stack([f, mean, rows[first], rows[second]]))
+        prior = torch.stack(priors)
 
     def bottleneck(a, u):
         h = u @ a.down_weight.T + a.down_bias
@@ -193,8 +229,12 @@ def test_point_peft_by_its_description():
         b = f"blocks.blocks.{i}"
         x = x + pos
         if i == 0:  # the first half of the blocks
-            x = torch.cat([x[:, :1], p.prompts.expand(3, -1, -1), x[:, 1:]], 1)
-        assert x.shape[1] == 9 + (2 if i == 0 else 0)
+            prompts = p.prompts.expand(3, -1, -1)
+            if memory:
+                h = prior @ p.prior_down_weight.T + p.prior_down_bias
+                prompts = prompts + prior + h * torch.sigmoid(1.702 * h) @ p.prior_up_weight.T + p.prior_up_bias
+            x = torch.cat([x[:, :1], prompts, x[:, 1:]], 1)
+        assert x.shape[1] == 9 + (count if i == 0 else 0)
         x = hand.attention(b, x)
         z = hand.mlp(b, hand.norm(f"{b}.norm2", x))
         x = x + z + 0.7 * bottleneck(a, z)
@@ -268,3 +308,71 @@ def test_other_models_are_refused(key):
         return
     with pytest.raises(SiteError, match="one class token"):
         vp.attach(create("pointgpt_s", 5, **TINY), key)
+
+
+BANK = {"memory": 5, "tokens": 4}
+
+
+def test_a_memory_bank_is_filled_first_and_travels_with_the_adapter(tmp_path):
+    model, tuner = adapted("point_peft", torch.float32, **BANK)
+    x = points(dtype=torch.float32)
+    with pytest.raises(SiteError, match=r"remember\(tuner, clouds\) with 5"):
+        model(x)
+    with pytest.raises(SiteError, match="4 clouds do not fill a memory bank of 5"):
+        remember(tuner, clouds(4, torch.float32))
+    remember(tuner, clouds(dtype=torch.float32))
+    y = model(x)
+    for a in tuner.adapters.values():
+        if hasattr(a, "bank"):
+            assert torch.allclose(a.bank.norm(dim=1), torch.ones(5))
+            a.bank.neg_()
+            assert not torch.allclose(model(x), y)
+            a.bank.neg_()
+    tuner.save(tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    other = adapted("point_peft", torch.float32)[0]
+    vp.tuners(other)["default"].detach()
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if ".peft." not in k and "peft." not in k})
+    vp.load(other, tmp_path / "a.safetensors")
+    assert torch.equal(other.eval()(x), y)
+    assert torch.equal(copy.deepcopy(model)(x), y) and torch.equal(pickle.loads(pickle.dumps(model))(x), y)
+
+
+def test_two_forwards_keep_their_priors_apart():
+    model, tuner = adapted("point_peft", torch.float32, dropout=0.0, **BANK)
+    remember(tuner, clouds(dtype=torch.float32))
+    x = points(dtype=torch.float32)
+
+    def gradients():
+        model.zero_grad(set_to_none=True)
+        first, second = (model(part).square().sum() for part in (x[:1], x[1:2]))
+        first.backward()
+        second.backward()
+        return [p.grad.clone() for a in tuner.adapters.values() for p in a.parameters()]
+
+    expected = gradients()
+    for block in model.blocks.blocks:
+        real = block.forward
+        block.__dict__["forward"] = lambda *a, real=real: checkpoint(real, *a, use_reentrant=False)
+    assert all(map(torch.equal, gradients(), expected))
+    priors = next(a.priors for a in tuner.adapters.values() if hasattr(a, "bank"))
+    assert not priors._held
+
+
+def test_memory_banks_that_make_no_sense_are_named():
+    for fields, words in (({"memory": 1}, "memory at least"), ({"memory": 5, "tokens": 2}, "tokens is 3 or more"),
+                          ({"memory": 9, "legacy": True}, "legacy")):  # fmt: skip
+        with pytest.raises(MethodError, match=words):
+            vp.methods.PointPEFT(**fields)
+    with pytest.raises(SiteError, match="Point-MAE's kind"):
+        vp.attach(create("pointgpt_s", 5, **TINY), vp.methods.PointPEFT(memory=9), train="head")
+    _, tuner = adapted("point_peft")
+    with pytest.raises(SiteError, match="no memory bank"):
+        remember(tuner, clouds())
+
+
+def test_numbers_of_point_peft_with_a_memory_bank():
+    with torch.device("meta"):
+        model = create("point_mae", 15)
+        tuner = vp.attach(model, vp.methods.PointPEFT(memory=100), train="head")
+    assert sum(p.numel() for p in tuner.parameters()) == 633_871 + 6 * (2 * 384 * 8 + 8 + 384) == 673_087

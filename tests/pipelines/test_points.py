@@ -240,3 +240,22 @@ def test_features_by_hand_do_not_see_turns_about_the_upright_axis():
     turn = np.array([[0.6, 0, 0.8], [0, 1, 0], [-0.8, 0, 0.6]])
     found = points.features_by_hand(np.stack([cloud, cloud @ turn]))
     assert found.shape == (2, 48) and np.abs(found[0] - found[1]).max() < 1e-2
+
+
+def test_the_memory_bank_is_of_the_training_clouds_and_predict_has_it(clouds, weights, tmp_path):
+    from visionpeft.training import make_accelerator, predict_logits
+
+    config = Config(method="point_peft:memory=24,tokens=4", **settings(clouds, weights, tmp_path))
+    result = run(config)
+    deployed = point_deploy.restore(result.folder)
+    bank, = (a.bank for a in deployed.tuner.adapters.values() if hasattr(a, "bank"))
+    model = points.build(config.backbone, 3).eval()
+    train = points.plain_feed(config, "train_val").clouds[:, :32]
+    around, centres = model.group_divider(train)
+    with torch.no_grad():
+        x, positions = model.tokens(around), model.pos_embed(centres)
+        features = model.norm(model.blocks(x, positions, centres)).amax(1)
+    torch.testing.assert_close(bank, features / features.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-4)
+    logits = predict_logits(deployed.model, points.plain_feed(config, "test"), make_accelerator())
+    labels = points.load_splits(config).test.labels
+    assert "".join("1" if r else "0" for r in logits.argmax(1).numpy() == labels) == result.correct

@@ -1,4 +1,4 @@
-r"""Point-PEFT (Tang et al. 2024, arXiv 2310.03059; official code Ivan-Tang-3D/Point-PEFT), without its memory bank.
+r"""Point-PEFT (Tang et al. 2024, arXiv 2310.03059; official code Ivan-Tang-3D/Point-PEFT).
 
 With bottleneck(u) = Up dropout(quick_gelu(Down u)) and z the output of a block's MLP after drop-path:
 
@@ -9,10 +9,13 @@ With bottleneck(u) = Up dropout(quick_gelu(Down u)) and z the output of a block'
                   v = GELU(BN(max n)) + 0.3 x(c'),  x <- x + 0.3 (v at c, by inverse squared distance)
     x + bottleneck_2(x)                                      on all tokens
 
-In the paper prompts also carry what a bank of training features says of the cloud; that needs the whole training set
-beside the model and is not here. The released code keeps prompts for the other half of the blocks too, which do nothing
-(656,911 numbers with them on Point-MAE with 15 classes, 633,871 without). How many centres and neighbours it takes
-depends on its settings: half of the tokens and 16 are ours. Not the identity at the start; does not merge.
+In the paper prompts also carry what a bank of training features says of the cloud, see `visionpeft.methods.
+point_memory`: `memory=` says how many clouds it holds, and `remember` fills it. Without, which is the default since a
+method knows no training set, prompts are the learnt ones alone. The released code also keeps prompts (and bottlenecks
+of the bank) for the other half of the blocks, which do nothing: on Point-MAE with 15 classes 656,911 numbers with such
+prompts, 633,871 without, 673,087 with a bank. How many centres and neighbours it takes depends on its settings: half
+of the tokens and 16 are ours. Its geometry also sees ten learnt points among the centres in the first blocks; ours
+sees the cloud. Not the identity at the start; does not merge.
 """
 
 from __future__ import annotations
@@ -26,14 +29,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionpeft.adapter import Adapter, Shared, factory
+from visionpeft.errors import MethodError
 from visionpeft.methods.bottleneck import quick_gelu
-from visionpeft.methods.points import PointMethod
+from visionpeft.methods.point_memory import Memory, Priors, check_root
+from visionpeft.methods.points import PointMethod, stages
 from visionpeft.models.point_ops import farthest_points, interpolate, nearest_points, take
 from visionpeft.models.point_transformer import add_positions
 from visionpeft.sites import Backbone, Site
 
 WIDTH = 18
 HEADS = 6
+PRIOR = 8
+"""Width of the bottleneck on what the memory bank says."""
 
 
 @dataclass(frozen=True)
@@ -44,34 +51,52 @@ class PointPEFT(PointMethod):
         hidden: width of the bottlenecks.
         dropout: probability, in the bottlenecks and on the prompts.
         neighbours: tokens about each centre, all where there are fewer.
+        memory: training clouds in the bank, 0 for none. The paper's bank holds the whole training set.
     """
 
     key: ClassVar[str] = "point_peft"
-    kinds: ClassVar[frozenset[str]] = frozenset({"block", "branch"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"block", "branch", "stage"})
 
     tokens: int = 10
     hidden: int = 16
     dropout: float = 0.1
     neighbours: int = 16
+    memory: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory and (self.tokens < 3 or self.memory < self.tokens - 2):
+            raise MethodError(f"memory={self.memory}, tokens={self.tokens}: prompts are two and the nearest of the "
+                              "bank, so tokens is 3 or more, and memory at least tokens - 2")
+        if self.memory and self.legacy:
+            raise MethodError("memory= needs features that stay as they are, and legacy=True lets statistics drift")
 
     def default_targets(self, backbone: Backbone) -> str:
         return "block"
 
     def choose(self, backbone: Backbone) -> list[Site]:
         blocks = {site.path for site in super().choose(backbone)}
-        return [s for s in backbone.sites() if s.path in blocks and s.role in ("block", "mlp")]
+        inner = [s for s in backbone.sites() if s.path in blocks and s.role in ("block", "mlp")]
+        return [*(stages(backbone, "grouping") if self.memory else ()), *inner]
 
     def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
         blocks = [site for site in sites if site.kind == "block"]
         width, kw = blocks[0].shape[0], factory(backbone.module(blocks[0].path))
         attention = NeighbourAttention(width, **kw)
         found: dict[Site, Adapter] = {Shared.site("attention"): attention}
+        priors = Priors() if self.memory else None
         for site in sites:
+            if site.kind == "stage":
+                root = backbone.roots[""]
+                check_root(root)
+                assert priors is not None
+                found[site] = Memory(priors, root, self.memory, self.tokens - 2, width, **kw)
+                continue
             if site.kind == "branch":
                 found[site] = BehindMLP(self, width, **kw)
                 continue
             tokens = self.tokens if blocks.index(site) < (len(blocks) + 1) // 2 else 0
-            found[site] = Geometry(self, tokens, width, **kw)
+            found[site] = Geometry(self, tokens, priors, width, **kw)
             attention.refer(found[site])
         return found
 
@@ -111,21 +136,25 @@ class Bottleneck(Adapter):
     def __init__(self, method: PointPEFT, width: int, **kw: Any) -> None:
         super().__init__()
         self.dropout = method.dropout
-        for name, shape in {"down": (method.hidden, width), "up": (width, method.hidden)}.items():
-            setattr(self, f"{name}_weight", nn.Parameter(torch.empty(shape, **kw)))
-            setattr(self, f"{name}_bias", nn.Parameter(torch.empty(shape[0], **kw)))
-        self.reset_parameters()
+        self._make("", method.hidden, width, **kw)
 
-    def reset_parameters(self) -> None:
-        for name in ("down", "up"):
-            nn.init.xavier_uniform_(getattr(self, f"{name}_weight"))
-            nn.init.normal_(getattr(self, f"{name}_bias"), std=1e-6)
+    def _make(self, name: str, hidden: int, width: int, **kw: Any) -> None:
+        for part, shape in {"down": (hidden, width), "up": (width, hidden)}.items():
+            setattr(self, f"{name}{part}_weight", nn.Parameter(torch.empty(shape, **kw)))
+            setattr(self, f"{name}{part}_bias", nn.Parameter(torch.empty(shape[0], **kw)))
+        self.reset_parameters(name)
 
-    def bottleneck(self, u: Tensor) -> Tensor:
+    def reset_parameters(self, name: str = "") -> None:
+        for part in ("down", "up"):
+            nn.init.xavier_uniform_(getattr(self, f"{name}{part}_weight"))
+            nn.init.normal_(getattr(self, f"{name}{part}_bias"), std=1e-6)
+
+    def bottleneck(self, u: Tensor, name: str = "") -> Tensor:
         """u (..., D) -> (..., D)."""
-        h = quick_gelu(F.linear(u, self.down_weight.to(u.dtype), self.down_bias.to(u.dtype)))
+        w = {part: getattr(self, name + part) for part in ("down_weight", "down_bias", "up_weight", "up_bias")}
+        h = quick_gelu(F.linear(u, w["down_weight"].to(u.dtype), w["down_bias"].to(u.dtype)))
         h = F.dropout(h, self.dropout, self.training)
-        return F.linear(h, self.up_weight.to(h.dtype), self.up_bias.to(h.dtype)).to(u.dtype)
+        return F.linear(h, w["up_weight"].to(h.dtype), w["up_bias"].to(h.dtype)).to(u.dtype)
 
 
 class BehindMLP(Bottleneck):
@@ -136,17 +165,21 @@ class BehindMLP(Bottleneck):
 class Geometry(Bottleneck):
     """At a whole block: prompts (tokens, D) in, and behind it the geometry and the second bottleneck.
 
-    Also norm_weight, norm_bias (D) of the BatchNorm and its buffers mean, var (D).
+    Also norm_weight, norm_bias (D) of the BatchNorm and its buffers mean, var (D); with a memory bank prior_down_weight
+    (8, D) and prior_up_weight (D, 8) with their biases.
     """
 
     shared: NeighbourAttention
     mean: Tensor
     var: Tensor
 
-    def __init__(self, method: PointPEFT, tokens: int, width: int, **kw: Any) -> None:
+    def __init__(self, method: PointPEFT, tokens: int, priors: Priors | None, width: int, **kw: Any) -> None:
         super().__init__(method, width, **kw)
         self.tokens, self.neighbours = tokens, method.neighbours
+        self.priors = priors if tokens else None
         self._centres: Tensor | None = None
+        if self.priors is not None:
+            self._make("prior_", PRIOR, width, **kw)
         if tokens:
             self.prompts = nn.Parameter(nn.init.trunc_normal_(torch.empty(tokens, width, **kw), std=0.02))
         self.norm_weight = nn.Parameter(torch.ones(width, **kw))
@@ -162,6 +195,9 @@ class Geometry(Bottleneck):
         if not self.tokens:
             return x, None, centres
         prompts = F.dropout(self.prompts.to(x.dtype).expand(len(x), -1, -1), self.dropout, self.training)
+        if self.priors is not None:
+            prior = self.priors(centres).to(x.dtype)
+            prompts = prompts + prior + self.bottleneck(prior, "prior_")
         return torch.cat([x[:, :front], prompts, x[:, front:]], 1), None, centres
 
     def after(self, y: Tensor) -> Tensor:
