@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -202,6 +203,7 @@ def live_bytes(fn: Callable[[], Any]) -> int:
         gc.collect()
         alive = torch.cuda.memory_allocated() - before
     else:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of every start and stop otherwise
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             result = fn()
             gc.collect()
