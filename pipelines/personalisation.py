@@ -245,7 +245,7 @@ def preview(config: Config, family: Family, trainer: Trainer, prompts: Sequence[
     trainer.tuner.load_state_dict({name: t.clone() for name, t in trainer.result().items()})
     family.denoiser.eval()
     for i, prompt in enumerate(prompts):
-        image = family.draw(prompt, config.seed + i, config.inference_steps, config.guidance)
+        (image,) = family.draw([prompt], [config.seed + i], config.inference_steps, config.guidance)
         if np.asarray(image).max() <= BLACK:
             notes.append(f"the preview of {prompt!r} at step {step} is black: the rate is too high, or half precision "
                          "overflows in the autoencoder")  # fmt: skip
@@ -303,7 +303,7 @@ def draw(base: str, adapters: dict[str, float], prompts: Sequence[str], *, base_
     for prompt in prompts:
         text = prompt.replace("{}", name)
         family.text([text])  # refuses what is too long
-        found += [(text, family.draw(text, seed + i, steps, guidance, side)) for i in range(count)]
+        found += [(text, *family.draw([text], [seed + i], steps, guidance, side)) for i in range(count)]
     return found
 
 

@@ -45,8 +45,8 @@ def _personalise(config: Config = _DEFAULT) -> int:
         result = run(config, watch, lambda done, all, loss: status.update(f"{done} of {all} updates, loss {loss:.4f}"))
     if result.after:
         console.print(_table(["score", "real", "before", "after"], score_rows(result)))
-    console.print(f"{result.folder}/adapter.safetensors: {result.parameters:,} parameters, {result.file_bytes:,} bytes; "
-                  f"loss {result.loss:.4f}; report.html beside it", markup=False)  # fmt: skip
+    console.print(f"{result.folder}/adapter.safetensors: {result.parameters:,} parameters, {result.file_bytes:,} "
+                  f"bytes; loss {result.loss:.4f}; report.html beside it", markup=False)  # fmt: skip
     return 0
 
 

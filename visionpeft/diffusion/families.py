@@ -105,16 +105,16 @@ class Family:
         """The prediction (N, C, h, w) for latents x at times t (N,): steps of 0 .. T - 1, for flow 1000 sigma."""
         return self.denoiser(x, t, given["text"]).sample
 
-    def draw(self, prompt: str, seed: int, steps: int, guidance: float, side: int | None = None) -> Any:
-        """One PIL image."""
-        generator = torch.Generator().manual_seed(seed)
-        size = {} if side is None else {"height": side, "width": side}
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float,
+             side: int | None = None) -> list[Any]:  # fmt: skip
+        """A PIL image of each prompt, drawn together, each with the seed of its own."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with torch.no_grad():
-            return self.pipe(**self._asked(prompt), **size, num_inference_steps=steps, guidance_scale=guidance,
-                             generator=generator).images[0]  # fmt: skip
+            return self.pipe(**self._asked(prompts, side), num_inference_steps=steps, guidance_scale=guidance,
+                             generator=generators).images  # fmt: skip
 
-    def _asked(self, prompt: str) -> dict[str, Any]:
-        return {"prompt": prompt}
+    def _asked(self, prompts: Sequence[str], side: int | None) -> dict[str, Any]:
+        return {"prompt": list(prompts)} | ({} if side is None else {"height": side, "width": side})
 
 
 class StableDiffusion(Family):
@@ -172,11 +172,22 @@ class DiT(Family):
         # The second half of the channels is the variance, which stays as it was trained.
         return self.denoiser(x, t, given["label"].to(x.device)).sample[:, : x.shape[1]]
 
-    def draw(self, prompt: str, seed: int, steps: int, guidance: float, side: int | None = None) -> Any:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            return self.pipe([self.label(prompt)], guidance_scale=guidance, generator=generator,
-                             num_inference_steps=steps).images[0]  # fmt: skip
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float,
+             side: int | None = None) -> list[Any]:  # fmt: skip
+        """As the pipeline draws, whose row for no class is number 1,000 whatever the table has."""
+        scheduler, size = self.pipe.scheduler, (side or self.resolution) // self.factor
+        shape = (1, self.denoiser.config["in_channels"], size, size)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        x = torch.cat(noise).to(self.device)
+        given = self._text([*prompts, *("" for _ in prompts)])
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps:
+            both = scheduler.scale_model_input(torch.cat([x, x]), t)
+            own, none = self.predict(both, t.expand(len(both)).to(self.device), given).chunk(2)
+            x = scheduler.step(none + guidance * (own - none), t, x).prev_sample
+        images = self.pipe.vae.decode(x / self.pipe.vae.config.scaling_factor).sample
+        return self.pipe.numpy_to_pil((images / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy())
 
 
 class SD3(Family):

@@ -31,7 +31,7 @@ def class_images(family: Family, prompt: str, count: int, folder: Path, *, steps
     for i in range(count):
         path = home / f"{i:04d}.png"
         if not path.exists():
-            image = family.draw(prompt, seed + i, steps, guidance, side)
+            (image,) = family.draw([prompt], [seed + i], steps, guidance, side)
             with runs.replacing(path) as temporary:
                 image.save(temporary, format="PNG")
         found.append(Picture(path, path.read_bytes(), (side, side), prompt))

@@ -122,8 +122,9 @@ def compare(config: Any, family: Family, tuner: Any, subject: Any, result: Any) 
     real = [picture.open() for picture in subject.pictures]
 
     def draw() -> list[Any]:
-        return [family.draw(subject.fill(p), config.seed + i, config.inference_steps, config.guidance)
-                for i, p in enumerate(prompts)]  # fmt: skip
+        return [image for i, p in enumerate(prompts)
+                for image in family.draw([subject.fill(p)], [config.seed + i], config.inference_steps,
+                                         config.guidance)]  # fmt: skip
 
     with tuner.disabled():
         before = draw()

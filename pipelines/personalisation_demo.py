@@ -1,0 +1,160 @@
+"""`visionpeft personalise` without arguments: a drawn toy, the bundled nano pipeline, three methods, what they cost.
+
+Three figures, in per cent of drawn images, before and after:
+
+    recognised   "a photo of a TOKEN toy" is taken for the subject and none of the four other bundled toys
+    obeyed       "a photo of a TOKEN toy in the snow" (and seven other places) is taken to be there
+    others       "a photo of a cat" (and the nine other classes of CIFAR-10) is taken for that class
+
+The judges know nothing of the pipeline: nano_vit's own CIFAR-10 head, and logistic regressions on its features, fitted
+to drawings made here (none of them the subject's training images). Their accuracy on further drawings is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import visionpeft as vp
+from visionpeft.data import scenes
+from visionpeft.diffusion.families import Family, family_of
+from visionpeft.diffusion.loading import load_pipeline
+from visionpeft.diffusion.words import rare_token
+from visionpeft.errors import require
+from visionpeft.models.nano import CLASSES
+from visionpeft.pipelines.personalisation import BUNDLED, bundled, run
+from visionpeft.pipelines.personalisation_settings import Config, Result
+from visionpeft.report import page
+from visionpeft.report.personalisation import sheet
+from visionpeft.training import runs
+
+# Chosen on the subject bee, shown on robo.
+METHODS = {"krona:a1=4,a2=16": 5e-3, "lora:rank=4": 2e-3, "difffit": 5e-3}
+DEMO = Config(images="bundled:robo", class_name=scenes.CLASS, prior=48, batch_size=4, steps=400, ema=0.99, min_snr=5.0,
+              inference_steps=15, guidance=3.0, schedule="cosine")  # fmt: skip
+SUBJECT_IMAGES, PLACE_IMAGES, CLASS_IMAGES, SIDE_BY_SIDE = 40, 5, 20, 40
+HEAD = ["", "parameters", "recognised %", "obeyed %", "others %", "seconds"]
+
+
+@dataclass
+class Judges:
+    """Who tells what a picture shows; `accuracy` on further drawings, of toys and of places."""
+
+    features: Callable[[Sequence[Any]], Any]
+    toys: Any
+    places: Any
+    classes: Callable[[Sequence[Any]], np.ndarray]
+    accuracy: tuple[float, float]
+
+
+def judges(seed: int = 17) -> Judges:
+    """Fit both regressions to new drawings, 40 of each toy and of each place."""
+    import torch
+
+    from visionpeft.data.preprocessing import preprocessing
+    from visionpeft.diffusion.scores import image_encoder
+    from visionpeft.models import nano
+
+    regression = require("sklearn.linear_model", extra="train").LogisticRegression
+    features = image_encoder("nano_vit").images
+    rng = np.random.default_rng(seed)
+    everywhere = scenes.BACKGROUNDS + scenes.PLAIN
+
+    def drawings(count: int) -> tuple[list[Any], list[Any]]:
+        toys = [scenes.picture(toy, str(rng.choice(everywhere)), rng)
+                for toy in scenes.SUBJECTS.values() for _ in range(count)]  # fmt: skip
+        places = [scenes.picture(scenes.random_toy(rng), where, rng)
+                  for where in scenes.BACKGROUNDS for _ in range(count)]  # fmt: skip
+        return toys, places
+
+    def numbers(kinds: Any, count: int) -> np.ndarray:
+        return np.repeat(np.arange(len(kinds)), count)
+
+    (toys, places), (more_toys, more_places) = drawings(40), drawings(10)
+    of_toys = regression(C=10, max_iter=1000).fit(features(toys), numbers(scenes.SUBJECTS, 40))
+    of_places = regression(C=10, max_iter=1000).fit(features(places), numbers(scenes.BACKGROUNDS, 40))
+    head = nano.create().eval()
+    transform = preprocessing(head).transform()
+
+    @torch.no_grad()
+    def classes(images: Sequence[Any]) -> np.ndarray:
+        return head(torch.stack([transform(image) for image in images])).argmax(1).numpy()
+
+    accuracy = (of_toys.score(features(more_toys), numbers(scenes.SUBJECTS, 10)),
+                of_places.score(features(more_places), numbers(scenes.BACKGROUNDS, 10)))  # fmt: skip
+    return Judges(features, of_toys, of_places, classes, accuracy)
+
+
+def measure(family: Family, judges: Judges, subject: str, token: str, config: Config) -> tuple[list[float], list[Any]]:
+    """The three figures as fractions, and a few of the images."""
+    name = f"{token} {config.class_name}"
+
+    def draw(prompts: list[str], seed: int) -> list[Any]:
+        found = []
+        for start in range(0, len(prompts), SIDE_BY_SIDE):
+            part = prompts[start : start + SIDE_BY_SIDE]
+            seeds = range(seed + start, seed + start + len(part))
+            found += family.draw(part, seeds, config.inference_steps, config.guidance)
+        return found
+
+    own = draw([f"a photo of a {name}"] * SUBJECT_IMAGES, 10_000)
+    there = draw([f"a photo of a {name} {where}" for where in scenes.BACKGROUNDS for _ in range(PLACE_IMAGES)], 20_000)
+    others = draw([f"a photo of {scenes.article(c)}" for c in CLASSES for _ in range(CLASS_IMAGES)], 30_000)
+    toys = judges.toys.predict(judges.features(own)) == list(scenes.SUBJECTS).index(subject)
+    where = np.repeat(np.arange(len(scenes.BACKGROUNDS)), PLACE_IMAGES)
+    places = judges.places.predict(judges.features(there)) == where
+    classes = judges.classes(others) == np.repeat(np.arange(len(CLASSES)), CLASS_IMAGES)
+    return [float(hits.mean()) for hits in (toys, places, classes)], own[:6] + there[::PLACE_IMAGES]
+
+
+def demo(watch: Callable[[str], None], status: Callable[[str], None], config: Config = DEMO,
+         methods: dict[str, float] | None = None) -> tuple[list[str], list[list[str]], Path]:  # fmt: skip
+    """Personalise by each method, measure, write sheet.png, result.json and report.html.
+
+    Returns:
+        head and rows of the table, and the folder.
+    """
+    family = family_of(load_pipeline(config.base))
+    subject, token = config.images.removeprefix(BUNDLED), rare_token(family.pipe.tokenizer)
+    status("fitting the judges")
+    jury = judges()
+    watch(f"judges: right on {100 * jury.accuracy[0]:.0f} % of further drawings of the five toys, on "
+          f"{100 * jury.accuracy[1]:.0f} % of places")  # fmt: skip
+    status("drawing before")
+    before, images = measure(family, jury, subject, token, config)
+    pictures = {"real": [p.open() for p in bundled(subject)], "before": images}
+    rows, found = [_row("before", None, before)], {"before": before}
+    for text, lr in (METHODS if methods is None else methods).items():
+        name = text.partition(":")[0]
+        one = replace(config, method=text, lr=lr, out=str(config.folder / name))
+        result = run(one, watch, lambda done, all, loss, name=name: status(f"{name}: {done} of {all} updates"),
+                     pipe=family.pipe)  # fmt: skip
+        status(f"{name}: drawing after")
+        tuner = vp.load(family.pipe, one.folder / "adapter.safetensors", name="shown")
+        found[name], pictures[name] = measure(family, jury, subject, token, config)
+        tuner.detach()
+        rows.append(_row(name, result, found[name]))
+    _write(config.folder, rows, found, pictures, jury, config)
+    return HEAD, rows, config.folder
+
+
+def _row(name: str, result: Result | None, figures: Sequence[float]) -> list[str]:
+    parameters, seconds = ("", "") if result is None else (f"{result.parameters:,}", f"{result.seconds:.0f}")
+    return [name, parameters, *(f"{100 * figure:.1f}" for figure in figures), seconds]
+
+
+def _write(folder: Path, rows: list[list[str]], found: dict[str, list[float]], pictures: dict[str, list[Any]],
+           jury: Judges, config: Config) -> None:  # fmt: skip
+    from visionpeft.report import plots
+
+    shown = sheet(pictures, 64)
+    with runs.replacing(folder / "sheet.png") as temporary:
+        shown.save(temporary, format="PNG")
+    runs.write_json(folder / "result.json", {"figures": found, "judges": jury.accuracy, "config": asdict(config)})
+    notes = ["First six columns: the token alone; then one place each: " + ", ".join(scenes.BACKGROUNDS)]
+    body = [page.table(HEAD, rows), page.figure(plots.picture(shown, shown.width)), page.paragraphs(notes)]
+    runs.write_text(folder / "report.html", page.page("A toy learnt by three methods", body))

@@ -1,0 +1,104 @@
+"""What each family asks of its pipeline, against the pipeline's own calls; a training step of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import tiny_pipelines
+
+from visionpeft.diffusion import DiffusionError, family_of
+from visionpeft.pipelines.personalisation import Config, run
+
+X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+T = torch.tensor([3, 700])
+
+
+def config(tmp_path: Path, **fields: Any) -> Config:
+    given: dict[str, Any] = dict(
+        out=str(tmp_path / "run"), cache=str(tmp_path / "cache"), steps=2, inference_steps=2, method="lora:rank=2",
+        checkpoint_seconds=0.0, prompt="a {}", previews=("a {}",),
+    )  # fmt: skip
+    return Config(**given | fields)
+
+
+@pytest.mark.parametrize("kind", tiny_pipelines.PIPELINES)
+def test_a_run(tmp_path: Path, kind: str) -> None:
+    pipe = tiny_pipelines.PIPELINES[kind]()
+    family = family_of(pipe)
+    before = {k: v.clone() for k, v in family.denoiser.state_dict().items()}
+    result = run(config(tmp_path, class_name="3" if kind == "dit" else "toy"), pipe=pipe)
+    assert result.steps == 2 and 0 < result.loss < 100
+    for name in ("adapter.safetensors", "metrics.jsonl", "report.html", "config.json", "previews/000002_0.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    after = family.denoiser.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@torch.no_grad()
+def test_sdxl() -> None:
+    pipe: Any = tiny_pipelines.sdxl()
+    family = family_of(pipe)
+    given = family.text(["a cat", "b"]) | {"time_ids": torch.tensor([[512.0, 300, 0, 7, 64, 48]] * 2)}
+    assert torch.equal(family.sized((512, 300), (0, 7), (64, 48))["time_ids"], given["time_ids"][:1])
+    hidden, pooled = [], None
+    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
+        ids = tokenizer(["a cat", "b"], padding="max_length", return_tensors="pt").input_ids
+        out = encoder(ids, output_hidden_states=True)
+        hidden.append(out.hidden_states[-2])
+        pooled = out[0]
+    assert torch.equal(given["text"], torch.cat(hidden, -1)) and torch.equal(given["pooled"], pooled)
+    added = {"text_embeds": pooled, "time_ids": given["time_ids"]}
+    wanted = pipe.unet(X, T, torch.cat(hidden, -1), added_cond_kwargs=added).sample
+    assert torch.equal(family.predict(X, T, given), wanted)
+
+
+@torch.no_grad()
+def test_flux_packs_as_its_pipeline() -> None:
+    pipe: Any = tiny_pipelines.flux()
+    family = family_of(pipe)
+    given = family.text(["a cat", "b"])
+    ids = pipe._prepare_latent_image_ids(2, 4, 4, X.device, X.dtype)
+    packed = pipe._pack_latents(X, 2, 4, 8, 8)
+    out = pipe.transformer(
+        hidden_states=packed, encoder_hidden_states=given["text"], pooled_projections=given["pooled"],
+        timestep=T / 1000, guidance=torch.ones(2), txt_ids=torch.zeros(given["text"].shape[1], 3), img_ids=ids,
+    ).sample  # fmt: skip
+    wanted = pipe._unpack_latents(out, 16, 16, family.factor)
+    assert torch.equal(family.predict(X, T, given), wanted)
+
+
+@torch.no_grad()
+def test_dit() -> None:
+    pipe: Any = tiny_pipelines.dit()
+    family: Any = family_of(pipe)
+    assert [family.label(p) for p in ("7", "cat", "tench")] == [7, 1, 0]
+    given = family.text(["7", ""])
+    assert given["label"].tolist() == [7, 10]
+    wanted = pipe.transformer(X, T, torch.tensor([7, 10])).sample[:, :4]
+    assert torch.equal(family.predict(X, T, given), wanted)
+    (mine,), (theirs,) = family.draw(["7"], [5], 3, 1.0), pipe([7], 1.0, torch.Generator().manual_seed(5), 3).images
+    assert mine.tobytes() == theirs.tobytes()
+    for bad in ("10", "dog"):
+        with pytest.raises(DiffusionError, match="is no class"):
+            family.label(bad)
+
+
+def test_kinds_and_sides() -> None:
+    found = {name: family_of(make()) for name, make in tiny_pipelines.PIPELINES.items()}
+    assert {n: f.kind for n, f in found.items()} == {
+        "sd": "epsilon", "sdxl": "epsilon", "dit": "epsilon", "sd3": "flow", "flux": "flow"
+    }  # fmt: skip
+    assert {n: (f.factor, f.multiple, f.resolution) for n, f in found.items() if n != "flux"} == {
+        "sd": (2, 4, 16), "sdxl": (2, 4, 16), "dit": (2, 4, 16), "sd3": (2, 4, 16)
+    }  # fmt: skip
+    assert family_of(tiny_pipelines.sd("v_prediction")).kind == "v_prediction"
+    with pytest.raises(DiffusionError, match="'sample' cannot be trained"):
+        family_of(tiny_pipelines.sd("sample"))
+    with pytest.raises(DiffusionError, match="dict cannot be personalised"):
+        family_of({})
