@@ -52,6 +52,7 @@ class Holder(nn.Module):
         tap: input of the residual branch that begins here, taps: all that this block must clear.
         thawed: a BatchNorm's statistics may learn, since an adapter that acts wants them to.
         mixed: each sample has its own adapter, and only the root (with `samples` and `backbone`) may say which acts.
+        chain: blocks among which this one is undone in backward, and its place there.
         attention: backend and number of tokens that `set_attention` chose.
         switches: attributes of the module and their values while an adapter acts, saved: their values before.
     """
@@ -71,6 +72,7 @@ class Holder(nn.Module):
         self.mixed = False
         self.samples: tuple[str | None, ...] | None = None
         self.backbone: Any = None
+        self.chain: Any = None
         self.attention: tuple[str, int | None] | None = None
         self.users: dict[str, tuple[type[Mixin], ...]] = {}
 

@@ -3,7 +3,7 @@
     rebuild      adapters keep nothing that the frozen model does not keep; their inputs are made again (default)
     keep         adapters keep their inputs, as any autograd code would: a little faster, the memory of full fine-tuning
     checkpoint   each block keeps only its input and is run again in backward: a third more time
-    reversible   blocks keep nothing but a few bits and are undone in backward: see `visionpeft.reversible`
+    reversible   blocks keep a few bits and are undone in backward; changes the model: see `visionpeft.reversible`
 
 The first two are one setting for all adapters of a model, the last given counts. The others belong to the tuner: they
 come and go with it. `docs/benchmarks.md` has the cost of each.
@@ -11,7 +11,7 @@ come and go with it. `docs/benchmarks.md` has the cost of each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from visionpeft import binding
 from visionpeft.adapter import Adapter
 from visionpeft.errors import SiteError, VisionPEFTError
+from visionpeft.reversible import Chain, ReversibleSite
 
 if TYPE_CHECKING:
     from visionpeft.sites import Backbone
@@ -34,15 +35,31 @@ def check(memory: str) -> None:
         raise VisionPEFTError(f"memory={memory!r}: there are {', '.join(CHOICES)}")
 
 
-def dressed(backbone: Backbone, memory: str) -> Iterator[tuple[nn.Module, type[binding.Mixin]]]:
-    """Modules that the choice dresses, and how.
+def dress(backbone: Backbone, memory: str, put: Callable[..., binding.Holder]) -> None:
+    """Dress the blocks as the choice wants; `put(module, mixin)` does it.
 
     Raises:
         SiteError: the choice acts on blocks, and the model has none that are known.
     """
     if memory == "checkpoint":
         for path in blocks(backbone):
-            yield backbone.module(path), CheckpointSite
+            put(backbone.module(path), CheckpointSite)
+    elif memory == "reversible":
+        for row in _rows(backbone):
+            chain = Chain(len(row))
+            for index, block in enumerate(row):
+                put(block, ReversibleSite).chain = chain, index
+
+
+def _rows(backbone: Backbone) -> list[list[nn.Module]]:
+    """Blocks that stand side by side in one container and keep the size of what they are given."""
+    rows: dict[str, list[nn.Module]] = {}
+    for path in blocks(backbone):
+        rows.setdefault(path.rpartition(".")[0], []).append(backbone.module(path))
+    found = [row for row in rows.values() if len(row) > 1]
+    if not found:
+        raise SiteError("no two blocks stand side by side here: memory= can be rebuild, keep or checkpoint")
+    return found
 
 
 def blocks(backbone: Backbone) -> list[str]:

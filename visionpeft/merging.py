@@ -34,6 +34,8 @@ def merge(tuner: Tuner) -> None:
         return
     if not tuner.active:
         raise MergeError(f"{tuner.name!r} is resting: activate it before merging, so that what merges is what acted")
+    if tuner.memory == "reversible":
+        raise MergeError(f"{tuner.name!r} is attached as memory=\"reversible\", which is no change of weights")
     tuner.check_wrappers()
     tensors = _merged_tensors(tuner)  # refuses here, before anything changes
     written = []

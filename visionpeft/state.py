@@ -62,6 +62,7 @@ def save(tuner: Tuner, path: str | Path, metadata: dict[str, Any]) -> None:
         "method": tuner.method.key,
         "fields": tuner.method.hyper_parameters(),
         "scale": tuner.scale,
+        **({"memory": tuner.memory} if tuner.memory == "reversible" else {}),  # it changes what the model computes
         "sites": [_site_entry(site, adapter, enter) for site, adapter in tuner.adapters.items()],
         "tensors": [
             {
@@ -251,7 +252,8 @@ def _interpret(
     values = {key: tensors[e["key"]] for key, e in entries.items()}
     sites = sites + [Site(*key, "", "tensor", tuple(values[key].shape)) for key, e in entries.items() if e["site"]]
     trained = [key for key, e in entries.items() if e["train"]]
-    return Tuner(backbone, method, name, sites), built, values, trained, float(header["scale"])
+    tuner = Tuner(backbone, method, name, sites, header.get("memory", "rebuild"))
+    return tuner, built, values, trained, float(header["scale"])
 
 
 def _method(header: dict[str, Any], path: str | Path) -> Any:

@@ -148,7 +148,7 @@ class Tuner:
             raise VisionPEFTError(f"{self.name!r}: a scale must be a finite number, not {value}")
         acts = ("arguments", "before", "after")
         whole = next((a for a in self.adapters.values() if a.whole or any(map(a.overrides, acts))), None)
-        if value != 1 and whole is not None:
+        if value != 1 and (whole is not None or self.memory == "reversible"):
             raise VisionPEFTError(f"{type(self.method).__name__} acts wholly or not at all: it has no scale {value}")
 
     def set_strength(self, value: float) -> None:
