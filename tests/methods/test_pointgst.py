@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import visionpeft as vp
 from visionpeft.errors import SiteError
+from visionpeft.methods.pointgst import keep_spectra
 from visionpeft.models import point_spectrum
 from visionpeft.models.point_ops import PointError
 from visionpeft.models.point_transformer import create
@@ -186,3 +189,41 @@ def test_where_it_cannot_act_it_says_so():
     with pytest.raises(PointError, match="6 centres do not divide into groups of 4"):
         vp.attach(model, vp.PointGST(rank=3, local=4), train="head")
     assert vp.tuners(model) == {}
+
+
+def test_kept_spectra_are_the_same_bits_and_each_cloud_is_decomposed_once(monkeypatch):
+    counted = []
+    real = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: counted.append(x.shape) or real(x))
+    batches = [torch.tensor(index) for index in ([0, 1, 2], [2, 0], [1, 1], [3, 4, 0])]
+    x = points(5, torch.float32)
+
+    def outputs(keep: int):
+        model, tuner = adapted(torch.float32)
+        model.eval()
+        if keep:
+            keep_spectra(tuner, keep)
+        counted.clear()
+        return [model(x[index]).detach() for index in batches], model
+
+    plain, _ = outputs(0)
+    assert sum(n for n, g, _ in counted if g == 8) == 10  # one of all centres for each cloud of each batch
+    kept, model = outputs(9)
+    assert all(map(torch.equal, plain, kept))
+    assert [n for n, g, _ in counted if g == 8] == [3, 2] and [n for n, g, _ in counted if g == 4] == [6, 4]
+    counted.clear()
+    y = model(x)
+    assert not counted and torch.equal(y, adapted(torch.float32)[0](x))
+    few, model = outputs(2)
+    assert all(map(torch.equal, plain, few))
+    assert [n for n, g, _ in counted if g == 8] == [3, 1, 1, 2]  # [1, 2] stay; [2, 0]; [0, 1]; 3 and 4 are new
+    spectra = next(a.spectra for a in vp.tuners(model)["default"].adapters.values())
+    assert len(spectra._kept) == 2 and copy.deepcopy(spectra).keep == 2 and not copy.deepcopy(spectra)._kept
+
+
+def test_what_has_no_spectra_to_keep_says_so():
+    with pytest.raises(SiteError, match="no spectra that could be kept"):
+        keep_spectra(adapted(legacy=True)[1], 4)
+    model = create("point_mae", num_classes=5, **TINY)
+    with pytest.raises(SiteError, match="LoRA"):
+        keep_spectra(vp.attach(model, "lora"), 4)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +106,25 @@ def test_order_of_distances_survives_large_coordinates():
 def test_clouds_that_cannot_be_used_are_refused(points, words):
     with pytest.raises(PointError, match=words):
         point_ops.check_cloud(points)
+
+
+def test_torch_fps_is_asked_on_a_gpu_where_it_is_installed(monkeypatch):
+    asked = []
+
+    def sample(points, mask, k, *, start_idx, validate, assume_finite):
+        asked.append((tuple(points.shape), k, start_idx.tolist(), validate, assume_finite))
+        assert mask.dtype == torch.bool and mask.shape == points.shape[:2] and mask.all()
+        return torch.full((len(points), k), 7)
+
+    points = torch.randn(2, 9, 3)
+    own = point_ops.farthest_points(points, 4)
+    monkeypatch.setitem(sys.modules, "torch_fps", types.SimpleNamespace(farthest_point_sampling=sample))
+    point_ops._torch_fps.cache_clear()
+    assert torch.equal(point_ops.farthest_points(points, 4), own) and not asked  # a CPU would have to compile it
+    monkeypatch.setattr(point_ops, "_on_gpu", lambda points: True)
+    assert point_ops.farthest_points(points, 4).tolist() == [[7] * 4] * 2
+    assert asked == [((2, 9, 3), 4, [0, 0], False, True)]
+    monkeypatch.setitem(sys.modules, "torch_fps", None)
+    point_ops._torch_fps.cache_clear()
+    assert torch.equal(point_ops.farthest_points(points, 4), own)
+    point_ops._torch_fps.cache_clear()

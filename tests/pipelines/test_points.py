@@ -20,6 +20,7 @@ from visionpeft.models.point_transformer import Architecture
 from visionpeft.pipelines import point_commands, point_deploy, point_pretraining, points
 from visionpeft.pipelines.backbone import ModelError
 from visionpeft.pipelines.points import Config, Sweep, run, sweep
+from visionpeft.training import make_accelerator, predict_logits
 
 SIZE = 48
 CLASSES = ("bed", "lamp", "shelf")
@@ -139,8 +140,6 @@ def test_voting_is_apart_and_the_test_epochs_are_not_chosen_among(clouds, weight
 
 
 def test_voted_logits_are_the_mean_over_passes(clouds, weights, tmp_path):
-    from visionpeft.training import make_accelerator
-
     config = Config(method="linear", votes=2, **settings(clouds, weights, tmp_path))
     cell = points.Cell(config, points.plan_for(config), make_accelerator())
     cell.model.eval()
@@ -243,8 +242,6 @@ def test_features_by_hand_do_not_see_turns_about_the_upright_axis():
 
 
 def test_the_memory_bank_is_of_the_training_clouds_and_predict_has_it(clouds, weights, tmp_path):
-    from visionpeft.training import make_accelerator, predict_logits
-
     config = Config(method="point_peft:memory=24,tokens=4", **settings(clouds, weights, tmp_path))
     result = run(config)
     deployed = point_deploy.restore(result.folder)
@@ -259,3 +256,22 @@ def test_the_memory_bank_is_of_the_training_clouds_and_predict_has_it(clouds, we
     logits = predict_logits(deployed.model, points.plain_feed(config, "test"), make_accelerator())
     labels = points.load_splits(config).test.labels
     assert "".join("1" if r else "0" for r in logits.argmax(1).numpy() == labels) == result.correct
+
+
+def test_without_augmentation_each_cloud_is_decomposed_once(clouds, weights, tmp_path, monkeypatch):
+    counted = []
+    real = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: counted.append(len(x) * (x.shape[-1] == 8)) or real(x))
+    method, given = "pointgst:rank=4,local=4", settings(clouds, weights, tmp_path, augment="fixed")
+    config = Config(method=method, **given)
+
+    def trained(folder):
+        cell = points.Cell(config, points.plan_for(config), make_accelerator())
+        counted.clear()
+        cell.train("train_val", tmp_path / folder)
+        return [p.detach().clone() for p in cell.tuner.parameters()], sum(counted)
+
+    kept, once = trained("a")
+    monkeypatch.setattr(points, "keep_spectra", lambda *a: None)
+    plain, often = trained("b")
+    assert (once, often) == (24, 3 * 24) and all(map(torch.equal, kept, plain))

@@ -82,3 +82,10 @@ def test_points_are_drawn_without_return_and_changed_as_a_whole():
 def test_misspelt_augmentations_are_named():
     with pytest.raises(AugmentError, match="rotat.*scale_translate"):
         CloudFeed(torch.zeros(1, 2, 3), torch.zeros(1), 2, "rotat")
+
+
+def test_fixed_clouds_are_those_of_evaluation_in_every_epoch():
+    many = ordered(clouds(), 20)
+    feeds = [CloudFeed(many, torch.arange(7), 16, kind) for kind in ("fixed", None)]
+    (fixed, plain) = (next(iter(feed.batches([[5, 2]], seed, 3)))[0] for seed, feed in enumerate(feeds))
+    assert torch.equal(fixed, plain)

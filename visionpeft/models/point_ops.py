@@ -7,6 +7,9 @@ is larger than the distances between close points.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -46,13 +49,34 @@ def square_distances(a: Tensor, b: Tensor) -> Tensor:
     return parts[0] + parts[1] + parts[2]
 
 
+def _on_gpu(points: Tensor) -> bool:
+    return points.is_cuda and points.dtype != torch.float64
+
+
+@lru_cache(maxsize=1)
+def _torch_fps() -> Callable[..., Tensor] | None:
+    """The sampling of torch-fps, None where it is not installed."""
+    try:
+        from torch_fps import farthest_point_sampling
+    except ModuleNotFoundError:
+        return None
+    return farthest_point_sampling
+
+
 @torch.no_grad()
 def farthest_points(points: Tensor, count: int) -> Tensor:
     """Farthest point sampling: indices (B, count) into points (B, N, 3), the first being 0.
 
     Each next point is the farthest from all before it, the first of equals. Where there are fewer distinct points than
     asked for, index 0 repeats at the end.
+
+    On a GPU torch-fps samples where it is installed (in single precision; which of equally far points, and of points
+    upon one another, is then its choice). On a CPU it is not asked: it would first have to compile.
     """
+    if _on_gpu(points) and not torch.compiler.is_compiling() and (sample := _torch_fps()) is not None:
+        start = torch.zeros(len(points), dtype=torch.long, device=points.device)
+        known = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device)
+        return sample(points, known, count, start_idx=start, validate=False, assume_finite=True)
     x, y, z = _single(points).unbind(-1)
     nearest = torch.full_like(x, torch.inf)
     last = torch.zeros(len(points), 1, dtype=torch.long, device=points.device)

@@ -143,24 +143,39 @@ def legacy_basis(points: Tensor) -> tuple[Tensor, Tensor]:
 class Spectra:
     """Spectra, computed once for the centres of a forward and shared by all blocks that are given the same tensor.
 
-    It goes by the tensor itself, so that a recomputed block (checkpointing) gets the spectrum of its own forward.
+    It goes by the tensor itself, so that a recomputed block (checkpointing) gets the spectrum of its own forward. With
+    `keep` it also keeps the spectra of so many clouds, the last that were used, by the bits of their centres: a cloud
+    that comes again is not decomposed again, and gets the same bits. Not in legacy, where they depend on the batch.
     """
 
-    def __init__(self, local: int, legacy: bool) -> None:
-        self.local, self.legacy = local, legacy
+    def __init__(self, local: int, legacy: bool, keep: int = 0) -> None:
+        self.local, self.legacy, self.keep = local, legacy, keep
         self._source: Any = None
         self._value: Spectrum | None = None
+        self._kept: dict[bytes, tuple[Tensor, ...]] = {}
 
     def __reduce__(self) -> Any:
-        return Spectra, (self.local, self.legacy)
+        return Spectra, (self.local, self.legacy, self.keep)
 
     def __call__(self, centres: Tensor) -> Spectrum:
         if torch.compiler.is_compiling():  # the compiler merges equal parts by itself
             return spectrum(centres, self.local, self.legacy)
         if self._value is None or self._source() is not centres:
-            self._value = spectrum(centres, self.local, self.legacy)
+            self._value = self._remembered(centres) if self.keep else spectrum(centres, self.local, self.legacy)
             self._source = weakref.ref(centres, self._forget)
         return self._value
+
+    def _remembered(self, centres: Tensor) -> Spectrum:
+        keys = [row.numpy().tobytes() for row in centres.detach().cpu().contiguous().view(torch.uint8)]
+        new = {key: i for i, key in enumerate(keys) if key not in self._kept}
+        if new:
+            found = spectrum(centres[list(new.values())], self.local, self.legacy)
+            self._kept |= {key: tuple(part[i].clone() for part in found) for i, key in enumerate(new)}
+        rows = [self._kept[key] for key in keys]
+        self._kept |= {key: self._kept.pop(key) for key in keys if key in self._kept}  # the last used at the end
+        for key in list(self._kept)[: -self.keep]:
+            del self._kept[key]
+        return Spectrum(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
     def _forget(self, source: Any) -> None:
         if self._source is source:

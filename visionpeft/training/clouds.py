@@ -14,7 +14,7 @@ from visionpeft.errors import VisionPEFTError
 from visionpeft.models.point_ops import farthest_points, take
 from visionpeft.training.order import mix
 
-AUGMENTATIONS = ("scale_translate", "rotate", "none")
+AUGMENTATIONS = ("scale_translate", "rotate", "none", "fixed")
 
 
 class AugmentError(VisionPEFTError):
@@ -62,7 +62,7 @@ class CloudFeed:
         clouds: what `ordered` gives; training draws `points` of all, evaluation takes the first.
         targets: int64 [N].
         augment: "scale_translate" (each axis by 2/3 to 3/2, then by -0.2 to 0.2), "rotate" (about y), "none", which
-            still draws points; None is evaluation.
+            still draws points; "fixed" and None, evaluation, give the same points each time.
         names: what to call a cloud in a message.
     """
 
@@ -83,7 +83,7 @@ class CloudFeed:
             yield self._batch(piece, index, seed, epoch), self.targets[index]
 
     def _batch(self, piece: list[int], index: Tensor, seed: int, epoch: int) -> Tensor:
-        if self.augment is None:
+        if self.augment in (None, "fixed"):
             return self.clouds[index, : self.points]
         return torch.stack([augmented(self.clouds[i], self.points, self.augment, mix(seed, epoch, i)) for i in piece])
 
