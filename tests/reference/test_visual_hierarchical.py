@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import visionpeft as vp
+from visionpeft.methods import spt
 
 MAKERS = {
     "swin": functools.partial(timm.create_model, "swin_tiny_patch4_window7_224", img_size=32, window_size=4,
@@ -43,6 +44,15 @@ def method(key: str) -> vp.methods.LoRA:
     return vp.METHODS[key](**{name: value for name, value in small.items() if name in own})
 
 
+def made(backbone: str) -> nn.Module:
+    """In eval, nothing at zero, where adapters would not show."""
+    model = MAKERS[backbone]().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return model
+
+
 def see(model: nn.Module, size: int) -> torch.Tensor:
     return model(torch.linspace(-1, 1, 2 * 3 * size * size).view(2, 3, size, size))
 
@@ -52,10 +62,7 @@ def see(model: nn.Module, size: int) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:the classifier")
 def test_acts_or_refuses_by_name(key, backbone):
     torch.manual_seed(0)
-    model = MAKERS[backbone]().eval()
-    with torch.no_grad():  # nothing stays at zero, where adapters would not show
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1)
+    model = made(backbone)
     y = see(model, SIZES[backbone]).detach()
     if (why := REFUSED.get((key, backbone))) is not None:
         with pytest.raises(vp.errors.SiteError, match=why):
@@ -74,3 +81,24 @@ def test_acts_or_refuses_by_name(key, backbone):
         warnings.simplefilter("error")
         tuner.detach()
     assert torch.equal(see(model, SIZES[backbone]), y)
+
+
+@pytest.mark.parametrize("inner", [vp.LoRA(rank=2), None], ids=["lora", "sparse"])
+@pytest.mark.parametrize("backbone", MAKERS)
+def test_spt_spends_its_budget_there(backbone, inner):
+    """Adapters, sparse entries and whole vectors all act (attach probes them), learn and merge."""
+    model = made(backbone).double()
+    x = torch.randn(2, 3, SIZES[backbone], SIZES[backbone], dtype=torch.float64)
+    scores = spt.sensitivity(model, [(x, torch.tensor([0, 2]))])
+    plan = spt.allocate(model, scores, inner, budget=2000, taus=range(50, 4001, 50))
+    assert bool(plan.structured) == (inner is not None) and plan.sparse and plan.vectors
+    tuner = vp.attach(model, plan, train="head")
+    assert abs(tuner.num_parameters - 2000) < 100
+    with torch.no_grad():
+        for p in tuner.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    y = model(x)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tuner.parameters())
+    tuner.merge()
+    assert float((model(x) - y).detach().abs().max()) < 1e-10 * float(y.detach().abs().max())
