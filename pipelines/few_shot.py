@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from safetensors.torch import save
 from visionpeft import data
 from visionpeft.clip.data import Labelled, base_and_new, draw_shots, harmonic, load_coop, load_images, root_of
 from visionpeft.clip.errors import ClipError
+from visionpeft.clip.features import FeatureCache
 from visionpeft.clip.model import build
 from visionpeft.clip.scores import classification_scores
+from visionpeft.clip.stepping import Watch
 from visionpeft.clip.templates import PHOTO
 from visionpeft.data.sets import Splits
 from visionpeft.pipelines.fitting import CLIP_LORA, HEADS, Fitted, Fitter
@@ -104,10 +106,14 @@ class Result:
     folder: str = ""
 
 
-def run(config: Config, watch: Callable[[int, int, float], None] | None = None) -> Result:
+def run(config: Config, watch: Watch | None = None, cache: FeatureCache | None = None) -> Result:
     """Tune, evaluate, and write config.json, result.json and the adapter, or the head's tensors.
 
     A killed run goes on from its checkpoint, a finished one only gives its result.
+
+    Args:
+        watch: called with (updates done, all updates, loss).
+        cache: features that several runs share.
 
     Raises:
         VisionPEFTError: unknown data or method, a class without images, a diverged run, a folder of another run.
@@ -123,7 +129,7 @@ def run(config: Config, watch: Callable[[int, int, float], None] | None = None) 
     clip = build(config.model, config.checkpoint)
     clip.model.to(accelerator.device).requires_grad_(False)
     folder = config.folder
-    fitter = Fitter(config, clip, accelerator, watch, folder)
+    fitter = Fitter(config, clip, accelerator, watch, folder, cache or FeatureCache())
     runs.claim(folder, config.identity())
     if (folder / "result.json").exists():
         return Result(**runs.read_json(folder / "result.json"))

@@ -12,6 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from visionpeft.clip.features import FeatureCache
 from visionpeft.errors import VisionPEFTError
 from visionpeft.pipelines.few_shot import Config, Result, run
 from visionpeft.pipelines.fitting import HEADS
@@ -58,21 +59,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt-updates", type=int)
     parser.add_argument("--out", default="runs/few_shot_table")
     args = parser.parse_args(arguments)
-    lines: list[str] = []
+    found: dict[str, list[Result]] = {method: [] for method in args.methods}
+    cache = FeatureCache()
     try:
-        for method in args.methods:
-            found = [run(config(args, method, seed)) for seed in args.seeds]
-            if not lines:
-                names = " | ".join(f"{name}, %" for name in found[0].before)
-                lines = [f"| method | {names} | scalars | s |", "|---|" + "---:|" * (len(found[0].before) + 2)]
-                lines.append(line("zero-shot", found, first=True))
-            lines.append(line(method, found, first=False))
-            print(lines[-1], flush=True)
+        for seed in args.seeds:
+            for method in args.methods:
+                result = run(config(args, method, seed), cache=cache)
+                found[method].append(result)
+                print(f"{method} seed {seed}: {100 * result.after['test']['top1']:.2f} %", file=sys.stderr, flush=True)
     except VisionPEFTError as error:
         print(error, file=sys.stderr)
         return 2
-    print("\n".join(lines))
+    print("\n".join(table(found)))
     return 0
+
+
+def table(found: dict[str, list[Result]]) -> list[str]:
+    """Markdown, the model alone in the first row."""
+    alone = next(iter(found.values()))
+    names = list(alone[0].before)
+    head = ["| method | " + " | ".join(f"{name}, %" for name in names) + " | scalars | s |",
+            "|---|" + "---:|" * (len(names) + 2)]  # fmt: skip
+    return [*head, line("zero-shot", alone, True), *(line(method, r, False) for method, r in found.items())]
 
 
 if __name__ == "__main__":
