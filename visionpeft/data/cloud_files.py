@@ -48,13 +48,21 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     Raises:
         DataError: truncated or no npz, or pickled, with the command that helps.
     """
-    if not zipfile.is_zipfile(path) and path.read_bytes()[:1] in (b"\x80", b"("):
+    if _is_pickle(path):
         raise DataError(f"{path} is a pickle, which could run anything: `visionpeft points convert` makes an npz of it")
+    if not zipfile.is_zipfile(path):  # of anything else numpy says that it is pickled
+        raise DataError(f"{path}: truncated, or no npz of plain arrays")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: truncated, or no npz of plain arrays: {error}") from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """By the first and the last byte: what protocols begin with, and the sign that all of them stop with."""
+    raw = path.read_bytes()
+    return raw[:1] in (b"\x80", b"(", b"]", b"}", b"c", b"d", b"l") and raw[-1:] == b"."
 
 
 def checked(points: np.ndarray, name: str) -> np.ndarray:

@@ -104,7 +104,15 @@ def load_clouds(spec: str, root: str | None = None, seed: int = 0) -> Splits:
 
 
 def _set(points: np.ndarray, labels: np.ndarray, name: str, scaled: bool = True) -> ImageSet:
-    return ImageSet(CloudArray(points, name, scaled), np.asarray(labels, dtype=np.int64).reshape(-1))
+    labels = np.asarray(labels).reshape(-1)
+    if not np.issubdtype(labels.dtype, np.integer) and not (
+        np.issubdtype(labels.dtype, np.floating) and (labels == np.round(labels)).all()
+    ):
+        raise DataError(f"{name}: labels are numbers of classes, 0, 1, 2 ..., and not {labels.dtype} as {labels[:1]}")
+    source = CloudArray(points, name, scaled)
+    if len(labels) != len(source):
+        raise DataError(f"{name}: {len(source)} clouds but {len(labels)} labels")
+    return ImageSet(source, labels.astype(np.int64))
 
 
 def _bundled(seed: int) -> Splits:
@@ -123,6 +131,8 @@ def _npz(path: Path, seed: int) -> Splits:
         parts = [_labelled(arrays, part, path) for part in ("train", "test")]
     else:
         parts = _by_flag(arrays, path)
+    if any(part is not None and not len(part) for part in parts):
+        raise DataError(f"{path}: no cloud of train or of test has a label of 0 or more")
     highest = max(int(part.labels.max()) for part in parts if part is not None)
     classes = names or [str(i) for i in range(highest + 1)]
     return complete(path.name, classes, parts[0], test=parts[1], seed=seed)  # type: ignore[arg-type]
@@ -146,7 +156,9 @@ def _by_flag(arrays: dict[str, np.ndarray], path: Path) -> list[ImageSet | None]
     known = labels.reshape(-1) >= 0
     if "is_train" not in arrays:
         return [whole.take(np.flatnonzero(known)), None]
-    flag = arrays["is_train"].astype(bool)
+    flag = arrays["is_train"].astype(bool).reshape(-1)
+    if len(flag) != len(known):
+        raise DataError(f"{path}: {len(known)} clouds but {len(flag)} entries of is_train")
     return [whole.take(np.flatnonzero(known & flag)), whole.take(np.flatnonzero(known & ~flag))]
 
 
