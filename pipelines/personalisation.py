@@ -32,6 +32,7 @@ from visionpeft.pipelines.personalisation_settings import Config, Result
 from visionpeft.report.personalisation import report
 from visionpeft.state import read_header
 from visionpeft.training import make_accelerator, runs
+from visionpeft.training.order import seed_all
 
 __all__ = ["Config", "Result", "bundled", "draw", "run"]
 
@@ -79,6 +80,7 @@ def run(config: Config, watch: Watch | None = None, progress: Callable[[int, int
     prior = _prior(config, family, watch)
     examples, more = _examples(config, family, subject, prior)
     base = digest(family.denoiser)
+    seed_all(config.seed)  # the adapter's own draws
     tuner = vp.attach(family.pipe, method_of(config), name="subject")
     try:
         return _train(config, family, tuner, subject, (examples, more), base, accelerator, watch, progress)

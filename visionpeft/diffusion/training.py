@@ -159,12 +159,12 @@ class Trainer:
         while self.step < self.config.steps:
             loss = self._update(self.step)
             self.losses.append(loss)
+            if after is not None:
+                after(self.step)  # before the checkpoint, behind which it would not be done again
             if time.monotonic() - self.saved_at >= self.config.checkpoint_seconds:
                 self.save()
             if progress is not None:
                 progress(self.step, self.config.steps, loss)
-            if after is not None:
-                after(self.step)
         self.save()
 
     def _update(self, step: int) -> float:
