@@ -67,7 +67,8 @@ def test_adapters_are_counted_without_the_decoder(make: Any) -> None:
     assert result.trained_parameters == result.adapter_parameters + 64 * 5 + 5
 
 
-@pytest.mark.parametrize("method", ["raw", "scratch", "linear", "ssf", "full", "adaptformer:hidden=4"])
+@pytest.mark.parametrize("method", ["raw", "scratch", "linear", "ssf", "full", "adaptformer:hidden=4",
+                                    "mosa:hidden=4", "spt:budget=5000,method=lora"])
 def test_every_row_runs(make: Any, method: str) -> None:
     result = run(make(method=method, epochs=1))
     assert 0 <= result.accuracy <= 1 and (result.adapter_parameters is None) == (method == "raw")
