@@ -136,7 +136,8 @@ def refresh(backbone: Backbone) -> None:
     settle(backbone)
     for root in backbone.roots.values():
         for _, module, held in binding.holders(root):
-            held.active, held.thawed = names, thawed or "running_mean" in held.live  # of a classifier that learns
+            held.act(names)
+            held.thawed = thawed or "running_mean" in held.live  # of a classifier that learns
             binding.throw_switches(module, held, names)
             if isinstance(module, binding.FrozenStatistics):
                 module.training = held.thawed and root.training

@@ -43,7 +43,9 @@ class Holder(nn.Module):
     Children: for each adapter name a ModuleDict from part to adapter.
 
     Attributes:
-        active: names of the adapters that act, in order; here or elsewhere in the model.
+        active: names of the adapters that act, in order; here or elsewhere in the model. Set by `act`.
+        now: the adapters here that act. Compiled code sees these alone and no names, so that others of the same kind
+            take their place without a new graph.
         live: tensor name -> name of the adapter whose trainable copy stands in the module.
         aside: originals of tensors that learn in place (by name) or are merged (name of the adapter, dot, name). No
             buffers: DDP would send them, torch.export would want them, and `.to` would make other objects of them.
@@ -60,6 +62,7 @@ class Holder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.active: tuple[str, ...] = ()
+        self.now: list[Adapter] = []
         self.hidden: tuple[str, ...] = ()
         self.route = "rebuild"
         self.tap: Tap | None = None
@@ -87,15 +90,19 @@ class Holder(nn.Module):
                 self.aside[name] = _moved(tensor, fn)
         return self
 
+    def act(self, names: tuple[str, ...]) -> None:
+        """Say whose adapters act from now on."""
+        self.active = names
+        boxes: list[Any] = [self._modules[name] for name in names if name in self._modules]
+        self.now = [adapter for box in boxes for adapter in box.values() if adapter.kind]
+
     def acting(self, *kinds: str) -> list[Adapter]:
         """Adapters of sites of these kinds (all but branches and blocks if none is given) that act, in order."""
         if self.mixed:
             raise VisionPEFTError("each sample has its own adapter: call the model itself, not a part or other method")
         if self.training and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             _refuse_reentrant()
-        own = self._modules
-        boxes: list[Any] = [own[name] for name in self.active if name in own]
-        adapters = [a for box in boxes for a in box.values() if a.kind in (kinds or _MODULES)]
+        adapters = [a for a in self.now if a.kind in (kinds or _MODULES)]
         if _fired is not None:
             _fired.update(map(id, adapters))
         return adapters
@@ -225,9 +232,9 @@ def release(module: nn.Module, name: str) -> None:
     if held is None:
         return
     held.users.pop(name, None)
-    held.active = tuple(n for n in held.active if n != name)
     held.hidden = tuple(n for n in held.hidden if n != name)
     held._modules.pop(name, None)
+    held.act(tuple(n for n in held.active if n != name))
     if not held.users:
         for attribute, value in held.saved.items():
             setattr(module, attribute, value)

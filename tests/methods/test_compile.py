@@ -143,3 +143,18 @@ def test_a_second_adapter_after_compiling():
     for which in ({"a": 1.0, "b": 1.0}, {"b": 1.0}, {"b": 0.5, "a": 2.0}, {}):
         vp.activate(model, which)
         assert zoo.distance(zoo.see(compiled, x), zoo.see(model, x)) < TOLERANCE
+
+
+def test_switching_adapters_of_a_kind_needs_no_new_graph():
+    """With names in compiled code every adapter would have a graph of its own, and from the eighth on run uncompiled."""
+    case = zoo.Case("lora", "vit")
+    model, _ = zoo.tune(case, name="a0")
+    for i in range(1, 4):
+        zoo.disturb(zoo.tune(case, model, name=f"a{i}", shake=False)[1], seed=i)
+    x = zoo.inputs(case.backbone)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model.eval(), backend=counter, fullgraph=True)
+    for name in ("a0", "a1", "a2", "a3", "a0"):
+        vp.activate(model, name)
+        assert zoo.distance(zoo.see(compiled, x), zoo.see(model, x)) < TOLERANCE
+    assert counter.frame_count == 1

@@ -1,0 +1,111 @@
+"""The figures as a Markdown page and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    lines = ["# Memory and speed", ""]
+    lines += ["Made by `python scripts/benchmark.py`, whose head says what the columns mean.", ""]
+    lines += ["; ".join(f"{key} {value}" for key, value in machine.items()) + ".", ""]
+    if machine["device"] == "cpu":
+        lines += ["**CPU figures.** On a GPU other kernels run, which may keep more or less.", ""]
+    for title, part in _PARTS.items():
+        if rows := found.get(part.__name__.strip("_")):
+            lines += [f"## {title}", "", *part(rows), ""]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in found.get("rows", ()):
+        groups.setdefault((row["subject"], row["precision"]), []).append(row)
+    for (subject, precision), rows in groups.items():
+        lines += [f"## {subject}, {precision}, batch {rows[0]['batch']}", "", *_contenders(rows), ""]
+    return "\n".join(lines)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = "|" + "|".join(["---", *["---:"] * (len(header) - 1)]) + "|"
+    return ["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def _contenders(rows: Sequence[Row]) -> list[str]:
+    header = ["", "alive after forward, MiB", "of frozen", "GFLOP a step", "of frozen", "step, s", "of frozen"]
+    body = []
+    for r in rows:
+        timed = ["-", "-"]
+        if "step_ratio" in r:
+            timed = [f"{r['step_seconds']:.3f}", f"{r['step_ratio']:.2f} ± {r['step_spread']:.2f}"]
+        flops = [f"{r['gflops']:.1f}", f"{r['flops_ratio']:.3f}"] if "gflops" in r else ["-", "-"]
+        body.append([r["contender"], f"{r['live_mib']:.0f}", f"{r['live_ratio']:.3f}", *flops, *timed])
+    return _table(header, body)
+
+
+def _largest_batches(rows: Sequence[Row]) -> list[str]:
+    budget = (
+        f"{rows[0]['budget_mib']:.0f} MiB for parameters, gradients, AdamW's moments and what is alive after forward"
+    )
+    lines = [f"ViT-S/16, 224 px, fp32; {budget}.", ""]
+    body = [[r["contender"], f"{r['image_mib']:.1f}", str(r["batch"]), f"{r['images_per_second']:.2f}"] for r in rows]
+    return lines + _table(["", "MiB an image", "largest batch", "images / s at it"], body)
+
+
+def _merged_latency(rows: Sequence[Row]) -> list[str]:
+    body = [[r["contender"], f"{r['ratio']:.3f} ± {r['spread']:.3f}"] for r in rows]
+    return _table(["ViT-S/16, batch 4, no gradients", "of base"], body)
+
+
+def _fleets(rows: Sequence[Row]) -> list[str]:
+    header = ["adapters", "load, ms each", "MiB each", "switch, ms", "images / s: one for all", "mixed", "one by one"]
+    body = [[str(r["adapters"]), f"{r['load_ms']:.0f}", f"{r['mib']:.2f}", f"{r['switch_ms']:.1f}",
+             f"{r['uniform']:.1f}", f"{r['mixed']:.1f}", f"{r['single']:.1f}"] for r in rows]  # fmt: skip
+    return ["LoRA of rank 8 on query and value of a ViT-S/16, each with its classifier of 100; batch of 8.", "",
+            *_table(header, body)]  # fmt: skip
+
+
+def _graphs(rows: Sequence[Row]) -> list[str]:
+    return _table(["change, in turn", "new graphs"], [[r["change"], str(r["new_graphs"])] for r in rows])
+
+
+def _curves(rows: Sequence[Row]) -> list[str]:
+    lines = ["![Memory against batch and resolution, time against rank](benchmarks.png)", ""]
+    ranks = [r for r in rows if r["axis"] == "rank"]
+    body = [[r["contender"], str(r["value"]), f"{r['ratio']:.2f} ± {r['spread']:.2f}"] for r in ranks]
+    return lines + (_table(["ViT-S/16, batch 4", "rank", "step of frozen"], body) if ranks else [])
+
+
+_PARTS = {
+    "The largest batch that fits": _largest_batches,
+    "Merged": _merged_latency,
+    "Many adapters on one backbone": _fleets,
+    "Graphs of torch.compile": _graphs,
+    "Against batch, resolution and rank": _curves,
+}
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    axes = [axis for axis in ("batch", "resolution", "rank") if any(r["axis"] == axis for r in rows)]
+    labels = {"batch": "images in a batch", "resolution": "pixels (batch 2)", "rank": "rank"}
+    figure, panels = plt.subplots(1, len(axes), figsize=(4.2 * len(axes), 3.4), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes, panels[0], strict=True):
+        own = [r for r in rows if r["axis"] == axis]
+        for name in dict.fromkeys(r["contender"] for r in own):
+            points = sorted((r["value"], r.get("mib", r.get("ratio"))) for r in own if r["contender"] == name)
+            dashed = "--" if name == "frozen" else "-"
+            panel.plot(*zip(*points, strict=True), dashed, marker="o", markersize=3, label=name)
+        panel.set(xlabel=labels[axis], ylabel="step, times frozen" if axis == "rank" else "MiB alive after forward")
+        if axis == "rank":
+            panel.set_xscale("log", base=2)
+        panel.set_ylim(bottom=0)
+        panel.legend(fontsize=7, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
