@@ -76,14 +76,15 @@ def memory_report(tuner: Tuner, example: tuple[Any, ...]) -> MemoryReport:
         adapted = alive()
         with tuner.disabled():
             frozen = alive()
-        entries = [Entry(site, _missed(alive, tuner, site, adapted)) for site in tuner.adapters if site.kind != "shared"]
+        sites = [site for site in tuner.adapters if site.kind != "shared"]
+        entries = [Entry(site, _missed(alive, tuner, site, adapted)) for site in sites]
         for path, name in tuner.in_place:
             entries += _copied(alive, tuner, path, name, adapted)
     return MemoryReport(entries, frozen, adapted)
 
 
 def _wanting(value: Any) -> Any:
-    """Floating tensors that ask for a gradient, so that the frozen model is compared where gradients pass through it."""
+    """Floating tensors that ask for a gradient: the frozen model is compared where gradients pass through it."""
     if isinstance(value, Tensor):
         return value.detach().requires_grad_(value.is_floating_point())
     if isinstance(value, (list, tuple)):

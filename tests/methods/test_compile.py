@@ -146,7 +146,7 @@ def test_a_second_adapter_after_compiling():
 
 
 def test_switching_adapters_of_a_kind_needs_no_new_graph():
-    """With names in compiled code every adapter would have a graph of its own, and from the eighth on run uncompiled."""
+    """With names in compiled code every adapter would have a graph of its own, and the ninth would run uncompiled."""
     case = zoo.Case("lora", "vit")
     model, _ = zoo.tune(case, name="a0")
     for i in range(1, 4):
