@@ -21,6 +21,7 @@ import torch
 
 import visionpeft as vp
 from visionpeft.data.subjects import Picture, make_buckets, nearest_bucket, read_subject
+from visionpeft.diffusion.classes import renew_classes
 from visionpeft.diffusion.errors import DiffusionError
 from visionpeft.diffusion.families import DiT, Family, family_of
 from visionpeft.diffusion.loading import digest, load_pipeline, parts
@@ -61,7 +62,8 @@ def run(config: Config, watch: Watch | None = None, progress: Callable[[int, int
     Args:
         watch: called with each line of the account of what was found, before the first update, and with news.
         progress: called with (updates done, all updates, loss).
-        pipe: the live pipeline of `config.base`, if it is loaded already; it is left without an adapter.
+        pipe: the live pipeline of `config.base`, if it is loaded already; it is left without an adapter (a DiT keeps
+            its fresh table of classes if it got one).
 
     Raises:
         VisionPEFTError: bad settings or data, a diverged run, or a folder that holds another run.
@@ -73,6 +75,8 @@ def run(config: Config, watch: Watch | None = None, progress: Callable[[int, int
     if done.exists() and (found := Result(**runs.read_json(done))).steps == config.steps:
         return found
     family = family_of(load_pipeline(config.base, config.base_config) if pipe is None else pipe)
+    if config.new_classes:
+        renew_classes(family.denoiser, config.new_classes, config.seed)
     subject = read(config, family, watch)
     accelerator = make_accelerator(config.precision, (), config.folder)
     for part in parts(family.pipe).values():
@@ -169,7 +173,7 @@ def _examples(config: Config, family: Family, subject: Subject,
         buckets = [(side, side)]
     prompts = [subject.fill(config.prompt if p.caption is None else p.caption) for p in subject.pictures]
     if isinstance(family, DiT):
-        prompts = [subject.name] * len(prompts)
+        prompts = [p.caption or subject.name for p in subject.pictures]
     own = [Example(p, nearest_bucket(p.size, buckets), prompt)
            for p, prompt in zip(subject.pictures, prompts, strict=True)]  # fmt: skip
     return own, [Example(p, (side, side), str(p.caption)) for p in prior]
@@ -215,8 +219,7 @@ def _train(config: Config, family: Family, tuner: vp.Tuner, subject: Subject, ex
     for line in result.account:
         watch(line)
     trainer = Trainer(config, family, tuner, *examples, accelerator, config.folder)
-    for part in (family.denoiser, *family.text_encoders.values()):
-        part.train()
+    family.train()
     if config.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
     prompts = [subject.fill(p) for p in config.previews] if not isinstance(family, DiT) else [subject.name]
@@ -230,8 +233,7 @@ def _train(config: Config, family: Family, tuner: vp.Tuner, subject: Subject, ex
         trainer.run(progress, after)
     finally:
         family.denoiser.disable_gradient_checkpointing()
-        for part in (family.denoiser, *family.text_encoders.values()):
-            part.eval()
+        family.train(False)
     result.seconds = time.perf_counter() - begin
     preview(config, family, trainer, prompts, config.steps, result.notes)
     return _finish(config, family, trainer, subject, base, result, watch)
@@ -245,7 +247,7 @@ def preview(config: Config, family: Family, trainer: Trainer, prompts: Sequence[
     kept = {name: t.clone() for name, t in trainer.tuner.state_dict().items()}
     training = family.denoiser.training
     trainer.tuner.load_state_dict({name: t.clone() for name, t in trainer.result().items()})
-    family.denoiser.eval()
+    family.train(False)
     for i, prompt in enumerate(prompts):
         (image,) = family.draw([prompt], [config.seed + i], config.inference_steps, config.guidance)
         if np.asarray(image).max() <= BLACK:
@@ -254,7 +256,7 @@ def preview(config: Config, family: Family, trainer: Trainer, prompts: Sequence[
         with runs.replacing(config.folder / "previews" / f"{step:06d}_{i}.png") as temporary:
             image.save(temporary, format="PNG")
     trainer.tuner.load_state_dict(kept)
-    family.denoiser.train(training)
+    family.train(training)
 
 
 def _finish(config: Config, family: Family, trainer: Trainer, subject: Subject, base: str, result: Result,
@@ -266,7 +268,8 @@ def _finish(config: Config, family: Family, trainer: Trainer, subject: Subject, 
     path = config.folder / "adapter.safetensors"
     if trainer.accelerator.is_main_process:
         trainer.tuner.save(path, base=config.base, token=subject.token, prompt=result.prompt,
-                           class_name=config.class_name, denoiser=base)  # fmt: skip
+                           class_name=config.class_name, denoiser=base, new_classes=config.new_classes,
+                           seed=config.seed)  # fmt: skip
         result.file_bytes = path.stat().st_size
     if config.score_images:
         from visionpeft.diffusion.scores import compare
@@ -295,6 +298,9 @@ def draw(base: str, adapters: dict[str, float], prompts: Sequence[str], *, base_
         VisionPEFTError: a base, adapter or prompt that does not fit; an adapter of another base, with differences.
     """
     family = family_of(load_pipeline(base, base_config))
+    about = _about(next(iter(adapters))) if adapters else {}
+    if about.get("new_classes"):
+        renew_classes(family.denoiser, about["new_classes"], about["seed"])
     _note_base(family, adapters, watch)
     tuners = {f"adapter{i}": vp.load(family.pipe, path, name=f"adapter{i}") for i, path in enumerate(adapters)}
     if tuners:

@@ -43,6 +43,9 @@ class Config:
     train_text: bool = False
     """Also adapt the text encoders."""
 
+    new_classes: int = 0
+    """For a DiT: number of classes of a fresh table, as DiffFit fine-tunes; captions are then class numbers."""
+
     resolution: int | None = None
     """Pixels of a side; by default the denoiser's own."""
     buckets: bool = False

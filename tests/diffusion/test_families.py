@@ -102,3 +102,52 @@ def test_kinds_and_sides() -> None:
         family_of(tiny_pipelines.sd("sample"))
     with pytest.raises(DiffusionError, match="dict cannot be personalised"):
         family_of({})
+
+
+def test_a_dit_learns_new_classes_at_twice_the_resolution(tmp_path: Path) -> None:
+    """DiffFit trains one table for all blocks; the grid of positions is spread, not extended."""
+    import json
+
+    from safetensors.torch import load_file
+
+    from visionpeft.diffusion.classes import renew_classes
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(2):
+        tiny_image(i).save(folder / f"{i}.png")
+    (folder / "captions.json").write_text(json.dumps({"0.png": "0", "1.png": "2"}))
+    pipe: Any = tiny_pipelines.dit()
+    null = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight[-1].clone()
+    one = config(tmp_path, images=str(folder), method="difffit:placement=thuml", new_classes=3, class_name="1",
+                 resolution=32, caption_dropout=0.5, steps=3)  # fmt: skip
+    run(one, pipe=pipe)
+    tables = [b.norm1.emb.class_embedder.embedding_table.weight for b in pipe.transformer.transformer_blocks]
+    assert all(t.shape == (4, 16) and torch.equal(t, tables[0]) for t in tables) and torch.equal(tables[0][3], null)
+    learnt = {k: v for k, v in load_file(one.folder / "adapter.safetensors").items() if "embedding_table" in k}
+    (table,) = learnt.values()  # written once
+    assert table.shape == (4, 16) and not torch.equal(table, tables[0])
+    assert torch.equal(table[1], tables[0][1] * 1), "a class without images has learnt"
+    embed = pipe.transformer.pos_embed
+    with torch.no_grad():
+        embed.proj.weight.zero_(), embed.proj.bias.zero_()
+        fine, coarse = embed(torch.zeros(1, 4, 16, 16)), embed(torch.zeros(1, 4, 8, 8))
+    torch.testing.assert_close(fine.view(8, 8, 16)[::2, ::2], coarse.view(4, 4, 16), rtol=1e-5, atol=1e-5)
+    with pytest.raises(DiffusionError, match="UNet2DConditionModel with 3"):
+        renew_classes(tiny_pipelines.sd().unet, 3)
+
+
+def test_dit_drops_a_label_in_all_blocks_at_once() -> None:
+    pipe: Any = tiny_pipelines.dit()
+    family = family_of(pipe)
+    family.train()
+    given = {"label": torch.tensor([2, 7])}
+    first = family.predict(X, T, given)
+    assert all(torch.equal(family.predict(X, T, given), first) for _ in range(20))
+
+
+def tiny_image(seed: int) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8))

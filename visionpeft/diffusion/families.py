@@ -79,6 +79,11 @@ class Family:
         """Cumulative products of 1 - beta; None for flow matching."""
         return None if self.kind == "flow" else self.pipe.scheduler.alphas_cumprod.float()
 
+    def train(self, mode: bool = True) -> None:
+        """Put what may learn into train mode, or back."""
+        for part in (self.denoiser, *self.text_encoders.values()):
+            part.train(mode)
+
     def text(self, prompts: Sequence[str]) -> Conditions:
         """Conditions of prompts, with gradients if a text encoder learns.
 
@@ -147,6 +152,13 @@ class DiT(Family):
     @property
     def factor(self) -> int:
         return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+
+    def train(self, mode: bool = True) -> None:
+        """diffusers' copies of the class table would each drop the label by a draw of their own: dropping is ours."""
+        super().train(mode)
+        for module in self.denoiser.modules():
+            if type(module).__name__ == "LabelEmbedding":
+                module.eval()
 
     def label(self, prompt: str) -> int:
         """The class of a prompt.
