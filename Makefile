@@ -1,5 +1,6 @@
 # make demo    adapt a small pre-trained ViT to Fashion-MNIST by several methods and compare them, about three minutes
 # make test    run the tests
+# make check   the memory goals on small models, in bytes
 # make lint    ruff, and mypy on the built wheel
 # make wheel   build the wheel and use it outside the checkout
 #
@@ -20,7 +21,7 @@ PY := $(CURDIR)/.venv/bin/python
 STAMPS := .make/venv
 endif
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test check lint wheel clean
 
 # One thread and bfloat16: for a model this small that is several times quicker than two threads in single precision.
 demo: $(STAMPS)/timm,train
@@ -29,6 +30,9 @@ demo: $(STAMPS)/timm,train
 # Single-threaded processes side by side are quicker than one process on all cores.
 test: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+check: $(STAMPS)/test
+	OMP_NUM_THREADS=1 $(PY) scripts/benchmark.py --check
 
 lint: $(STAMPS)/dev build/wheel
 	$(PY) -m ruff check .
