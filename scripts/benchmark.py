@@ -27,7 +27,7 @@ from benchmarks.models import CHECKED, CONTENDERS, SMALL, SUBJECTS
 import visionpeft as vp
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("rows", "largest_batches", "merged_latency", "fleets", "graphs", "curves")
+PARTS = ("rows", "largest_batches", "merged_latency", "fleets", "graphs", "compiled", "curves")
 
 
 def device() -> str:
@@ -94,6 +94,7 @@ def main() -> int:
         "merged_latency": lambda: measure.merged_latency(3 * given.steps, given.device),
         "fleets": lambda: measure.fleets((1, 10, 100), given.steps, given.device),
         "graphs": measure.graphs,
+        "compiled": lambda: measure.compiled(given.device),
         "curves": lambda: measure.curves(given.steps, given.device),
     }
     for part in given.parts:

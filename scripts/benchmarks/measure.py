@@ -237,6 +237,18 @@ def graphs() -> list[Row]:
     return out
 
 
+def compiled(device: str) -> list[Row]:
+    """Bytes alive after the forward of compiled models; rebuilding is off there: the partitioner chooses."""
+    out: list[Row] = []
+    for name in ("frozen", "LoRA r8, all Linears", "PEFT LoRA r8, all Linears", "full fine-tuning"):
+        torch._dynamo.reset()
+        contender = Contender(_vit_s(8), CONTENDERS[name], "fp32", device)
+        contender.model.compile(backend="aot_eager_decomp_partition")
+        live = contender.live() / MIB
+        out.append({"contender": name, "live_mib": live, "live_ratio": live / (out[0]["live_mib"] if out else live)})
+    return out
+
+
 # Curves for the plots
 
 

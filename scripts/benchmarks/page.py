@@ -70,6 +70,11 @@ def _graphs(rows: Sequence[Row]) -> list[str]:
     return _table(["change, in turn", "new graphs"], [[r["change"], str(r["new_graphs"])] for r in rows])
 
 
+def _compiled(rows: Sequence[Row]) -> list[str]:
+    body = [[r["contender"], f"{r['live_mib']:.0f}", f"{r['live_ratio']:.3f}"] for r in rows]
+    return _table(["ViT-S/16, batch 8, fp32", "alive after forward, MiB", "of frozen"], body)
+
+
 def _curves(rows: Sequence[Row]) -> list[str]:
     lines = ["![Memory against batch and resolution, time against rank](benchmarks.png)", ""]
     ranks = [r for r in rows if r["axis"] == "rank"]
@@ -82,6 +87,7 @@ _PARTS = {
     "Merged": _merged_latency,
     "Many adapters on one backbone": _fleets,
     "Graphs of torch.compile": _graphs,
+    "What compiled models keep (min-cut partitioner)": _compiled,
     "Against batch, resolution and rank": _curves,
 }
 
