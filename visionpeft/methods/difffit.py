@@ -86,7 +86,8 @@ class DiffFit(InPlace):
         sites = [s for s in backbone.sites() if s.role in table and s.kind in ("linear", "conv")]
         parted = {s.path for s in sites if s.part}
         sites = [s for s in sites if s.part or s.path not in parted]  # rows where query, key and value have their own
-        return _first_half(sites) if self.placement == "thuml" else sites
+        # Of a pipeline the half is the denoiser's: the autoencoder's attention is in no block.
+        return _first_half(backbone.main(sites)) if self.placement == "thuml" else sites
 
     def shares(self, key: tuple[str, str], backbone: Backbone) -> str | None:
         return backbones.twin(".".join(key)) if self.tied else None
