@@ -81,8 +81,8 @@ def _from_folder(folder: Path) -> Any:
     index = _index(folder)
     try:
         return _pipeline_class(index, folder).from_pretrained(
-            str(folder), local_files_only=True, torch_dtype=torch.float32, **_unchecked(index)
-        )
+            str(folder), local_files_only=True, **_unchecked(index)
+        ).to(torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DiffusionError(f"the pipeline in {folder} cannot be loaded: {_short(error)}") from error
 
@@ -98,7 +98,7 @@ def _from_file(path: Path, config: str | None) -> Any:
     index = _index(folder)
     try:
         pipe = _pipeline_class(index, folder).from_single_file(
-            str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float32, **_unchecked(index)
+            str(path), config=str(folder), local_files_only=True, **_unchecked(index)
         )
     except Exception as error:  # the conversion raises almost anything on keys that it does not expect
         raise DiffusionError(f"{path} is no checkpoint of {folder.name}'s architecture: {_short(error)}") from error
@@ -109,7 +109,7 @@ def _from_file(path: Path, config: str | None) -> Any:
                 f"{path} is no checkpoint of {folder.name}'s architecture: nothing for {len(left)} tensors of {name}, "
                 f"such as {left[0]}"
             )
-    return pipe
+    return pipe.to(torch.float32)
 
 
 def _short(error: Exception) -> str:
