@@ -27,6 +27,7 @@ from benchmarks.models import CHECKED, CONTENDERS, SMALL, SUBJECTS
 import visionpeft as vp
 
 ROOT = Path(__file__).resolve().parents[1]
+PRECISIONS = ["fp32", "bf16", "bf16-model"]  # the second by autocast, the third with weights of bf16
 PARTS = ("rows", "largest_batches", "merged_latency", "fleets", "graphs", "compiled", "curves")
 
 
@@ -75,7 +76,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS[:2], choices=PRECISIONS)
     parser.add_argument("--steps", type=int, default=7, help="timed rounds; 0 measures bytes and FLOPs only")
     parser.add_argument("--budget", type=float, default=1024, help="MiB for the largest batch")
     parser.add_argument("--device", default=device())
@@ -115,7 +116,9 @@ def rows(given: argparse.Namespace, found: dict[str, Any]) -> None:
             same = (SUBJECTS[key].title, precision)
             kept = [r for r in found.get("rows", ()) if (r["subject"], r["precision"]) != same]
             order = [s.title for s in SUBJECTS.values()]
-            found["rows"] = sorted(kept + new, key=lambda r: (order.index(r["subject"]), r["precision"] != "fp32"))
+            found["rows"] = sorted(
+                kept + new, key=lambda r: (order.index(r["subject"]), PRECISIONS.index(r["precision"]))
+            )
             write(found, given.out)
 
 

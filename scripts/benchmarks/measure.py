@@ -34,9 +34,15 @@ class Contender:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, (args, self.kwargs) = subject.make(subject.batch)
-            self.model = dress(model.to(device)).train()
-        self.args = tuple(a.detach().to(device).requires_grad_(a.requires_grad) for a in args)
+            dtype = torch.bfloat16 if precision == "bf16-model" else torch.float32
+            self.model = dress(model.to(device, dtype)).train()
+        self.args = tuple(self._given(a, device, dtype) for a in args)
         self.precision, self.device = precision, device
+
+    @staticmethod
+    def _given(a: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+        moved = a.detach().to(device, dtype if a.is_floating_point() else a.dtype)
+        return moved.requires_grad_(a.requires_grad)
 
     def forward(self) -> Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -56,9 +62,21 @@ class Contender:
         return live_bytes(self.forward)
 
     def flops(self) -> int:
-        with FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = _Whole()  # its hooks on modules cannot stand gradients taken within backward
+        with counter:
             self.step()
         return counter.get_total_flops()
+
+
+class _Whole:
+    """Tells the counter of FLOPs of no module but the whole."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
 
 def timed(fn: Callable[[], Any], device: str) -> float:
