@@ -78,7 +78,7 @@ def predict(run: str | Path, images: str | Path, classes: str | None = None,
 @torch.no_grad()
 def _few_shot(file: Path, header: dict[str, Any], paths: Sequence[str], names: list[str],
               checkpoint: str | None) -> Tensor:  # fmt: skip
-    """Probabilities (N, C), with the factor 100 that few-shot training has."""
+    """Probabilities (N, C) of what a few-shot run left behind."""
     config = few_shot.Config(header["model"], checkpoint, method=header["method"], templates=header["templates"])
     clip = few_shot.build(config.model, config.checkpoint)
     fitter = Fitter(config, clip, make_accelerator())

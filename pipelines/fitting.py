@@ -16,7 +16,7 @@ from visionpeft.clip.features import FeatureCache, image_features
 from visionpeft.clip.heads import FACTOR, GDA, CLIPAdapter, LinearProbe, TipAdapter
 from visionpeft.clip.ivlp import IVLP, gaussian_weights
 from visionpeft.clip.losses import clipfit_loss, promptsrc_loss
-from visionpeft.clip.model import Clip
+from visionpeft.clip.model import Clip, logit_scale
 from visionpeft.clip.prompts import CoOp
 from visionpeft.clip.stepping import EpochAverage, Loop, Steps
 from visionpeft.clip.templates import read_templates
@@ -62,6 +62,8 @@ class Fitted:
 class Fitter:
     """Everything that learns; none of it is ever given a test set.
 
+    Logits have the model's own scale, exp(logit_scale), which is the 100 of the official codes in OpenAI's models.
+
     `config` is that of `visionpeft.pipelines.few_shot`; `folder` is where a killed run finds its checkpoint.
     """
 
@@ -75,6 +77,7 @@ class Fitter:
     def __post_init__(self) -> None:
         self.templates = read_templates(self.config.templates)
         self.name = method_name(self.config.method)
+        self.factor = logit_scale(self.clip.model)[0]
         if self.name not in HEADS and self.name != "clipfit":
             self.method = parse_method(CLIP_LORA if self.config.method == "clip_lora" else self.config.method)
 
@@ -105,13 +108,21 @@ class Fitter:
         return CoOp(self.clip, classes) if self.name == "coop" else IVLP(self.clip, classes)
 
     def zero_shot(self) -> Fitted:
-        return Fitted(lambda images, classes, seen: FACTOR * self._features(images) @ self._weights(classes), {})
+        return Fitted(lambda images, classes, seen: self._plain(images, classes), {})
+
+    def _plain(self, images: ImageSet, classes: Sequence[str]) -> Tensor:
+        return FACTOR * self._features(images) @ self._weights(classes)
 
     def _features(self, images: ImageSet) -> Tensor:
         return image_features(self.clip.model, images, self.clip.preprocessing, self.cache)
 
-    def _weights(self, classes: Sequence[str]) -> Tensor:
+    def _unit(self, classes: Sequence[str]) -> Tensor:
+        """The zero-shot classifier (d, C), columns of unit length."""
         return zero_shot_weights(self.clip.model, self.clip.tokenizer, classes, self.templates).float().cpu()
+
+    def _weights(self, classes: Sequence[str]) -> Tensor:
+        """The same for heads whose formulas have the factor 100: with it comes the model's own."""
+        return self._unit(classes) * (self.factor / FACTOR)
 
     # ---- updates -----------------------------------------------------------------------------------------------------
 
@@ -131,6 +142,10 @@ class Fitter:
         loop = Loop(module, steps, self.config.seed, self.accelerator, {"method": self.config.method}, self.folder,
                     self.config.checkpoint_seconds, average, self.watch)  # fmt: skip
         return descend(loop, len(train), objective)
+
+    def _cross_entropy(self, features: Callable[[Tensor], Tensor], weights: Callable[[], Tensor],
+                       labels: Tensor) -> Callable[[Tensor], Tensor]:  # fmt: skip
+        return lambda rows: F.cross_entropy(self.factor * features(rows) @ weights(), labels[rows])
 
     def _labels(self, train: ImageSet) -> Tensor:
         return torch.from_numpy(train.labels).to(self.accelerator.device)
@@ -164,7 +179,7 @@ class Fitter:
 
         def objective(rows: Tensor) -> Tensor:
             found = texts()
-            logits = FACTOR * images(rows) @ found.t()
+            logits = self.factor * images(rows) @ found.t()
             if frozen is not None:
                 return clipfit_loss(logits, labels[rows], found, frozen)
             return F.cross_entropy(logits, labels[rows])
@@ -180,18 +195,15 @@ class Fitter:
         coop, labels = CoOp(self.clip, classes), self._labels(train)
         steps = self._sgd(train, 50)
         images = encoder(self.clip, train, steps.augment, self.accelerator.device)
-        losses = self._descend(
-            coop, steps, train, lambda rows: F.cross_entropy(FACTOR * images(rows) @ coop(), labels[rows]))  # fmt: skip
-        return self._of_prompts(coop, losses)
+        objective = self._cross_entropy(images, coop, labels)
+        return self._of_prompts(coop, self._descend(coop, steps, train, objective))
 
     def _ivlp(self, train: ImageSet, classes: Sequence[str]) -> Fitted:
         ivlp, labels = IVLP(self.clip, classes), self._labels(train)
         steps = self._sgd(train, 20, 4, 2.5e-3)
         images = pixels(self.clip, train, steps.augment, self.accelerator.device)
-        losses = self._descend(
-            ivlp, steps, train,
-            lambda rows: F.cross_entropy(FACTOR * ivlp.image(images(rows)) @ ivlp(), labels[rows]))  # fmt: skip
-        return self._of_prompts(ivlp, losses)
+        objective = self._cross_entropy(lambda rows: ivlp.image(images(rows)), ivlp, labels)
+        return self._of_prompts(ivlp, self._descend(ivlp, steps, train, objective))
 
     def _promptsrc(self, train: ImageSet, classes: Sequence[str]) -> Fitted:
         ivlp, labels = IVLP(self.clip, classes), self._labels(train)
@@ -204,8 +216,8 @@ class Fitter:
             with torch.no_grad():
                 frozen = F.normalize(self.clip.model.encode_image(x), dim=-1)
             found = ivlp.image(x)
-            return promptsrc_loss(FACTOR * found @ w, labels[rows], w.t(), teacher.t(), found, frozen,
-                                  FACTOR * frozen @ teacher)  # fmt: skip
+            return promptsrc_loss(self.factor * found @ w, labels[rows], w.t(), teacher.t(), found, frozen,
+                                  self.factor * frozen @ teacher)  # fmt: skip
 
         average = self.epoch_average(steps, len(train))
         return self._of_prompts(ivlp, self._descend(ivlp, steps, train, objective, average))
@@ -232,7 +244,7 @@ class Fitter:
         def logits(images: ImageSet, names: Sequence[str], seen: bool) -> Tensor:
             x = self._features(images) if own is None else image_features(
                 self.clip.model, images, self.clip.preprocessing, encode=own)  # fmt: skip
-            return FACTOR * x @ prompts.name(names)().float().cpu()
+            return self.factor * x @ prompts.name(names)().float().cpu()
 
         tensors = {name: p.detach().clone() for name, p in prompts.state_dict().items()}
         return Fitted(logits, tensors, losses=losses or [])
@@ -251,8 +263,7 @@ class Fitter:
         w = self._weights(classes)
 
         def logits(images: ImageSet, names: Sequence[str], seen: bool) -> Tensor:
-            x = self._features(images)
-            return tip.logits(x, w) if seen else FACTOR * x @ self._weights(names)
+            return tip.logits(self._features(images), w) if seen else self._plain(images, names)
 
         return Fitted(logits, {"keys": tip.keys, "values": tip.values}, {"alpha": tip.alpha, "beta": tip.beta})
 
@@ -271,9 +282,8 @@ class Fitter:
             if seen:
                 return gda.logits(self._features(images), w)
             assert x is not None
-            new = self._weights(names)
-            unseen = replace(GDA.fit_new(x, new), alpha=gda.alpha)
-            return unseen.logits(self._features(images), new)
+            unseen = replace(GDA.fit_new(x, self._unit(names)), alpha=gda.alpha)
+            return unseen.logits(self._features(images), self._weights(names))
 
         return Fitted(logits, {"v": gda.v, "b": gda.b}, {"alpha": gda.alpha})
 
@@ -301,8 +311,7 @@ class Fitter:
         """Of other classes it knows nothing: there the zero-shot classifier stands."""
 
         def logits(images: ImageSet, names: Sequence[str], seen: bool) -> Tensor:
-            x = self._features(images)
-            return probe.logits(x) if seen else FACTOR * x @ self._weights(names)
+            return probe.logits(self._features(images)) if seen else self._plain(images, names)
 
         return Fitted(logits, {"a": probe.a, "b": probe.b})
 

@@ -108,6 +108,11 @@ def test_parameters_of_ln_tuning(name, image, both):
         assert vp.attach(model, vp.methods.LNTuning(tower="image")).num_parameters == image
 
 
+def test_parameters_of_bitfit():
+    """Every tensor whose name ends in bias, in_proj_bias too."""
+    assert vp.attach(build("ViT-B-16"), vp.methods.BitFit()).num_parameters == 171_008
+
+
 def test_parameters_of_clipfit():
     """Biases of the text tower's last MLP layers and the image tower's norms: 6,144 + 39,936 = 46,080."""
     model = build("ViT-B-16")

@@ -200,3 +200,25 @@ def test_the_command_prints_what_was_gained_and_chosen(root, tmp_path, capsys):
     assert cli.main([*arguments, "--method", "gda", "--views", "2", "--base-to-new", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "difference" in shown and "harmonic mean" in shown and "'alpha'" in shown and "mean per class" in shown
+
+
+def test_the_script_makes_a_table_of_methods_over_seeds(root, tmp_path, capsys, monkeypatch):
+    import importlib
+    import sys
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    script = importlib.import_module("evaluate_few_shot")
+    sys.modules.pop("evaluate_few_shot")
+    arguments = ["--methods", "clip_lora", "gda", "--seeds", "1", "2", "--model", "tiny", "--data", "coop:eurosat",
+                 "--root", str(root), "--others", "digits?test=20", "--shots", "2", "--iterations", "2",
+                 "--out", str(tmp_path)]  # fmt: skip
+    assert script.main(arguments) == 0
+    head, rule, alone, lora, gda = capsys.readouterr().out.strip().splitlines()
+    assert head == "| method | test, % | digits?test=20, % | scalars | s |" and rule.count("|") == 6
+    assert alone.startswith("| zero-shot | ") and "± 0.00" in alone and alone.endswith("| 0 | - |")
+    results = [json.loads((tmp_path / f"clip_lora-2shots-seed{s}" / "result.json").read_text()) for s in (1, 2)]
+    scores = [100 * r["after"]["test"]["top1"] for r in results]
+    mean, spread = sum(scores) / 2, abs(scores[0] - scores[1]) / 2**0.5
+    assert lora.startswith(f"| clip_lora | {mean:.2f} ± {spread:.2f} | ") and "| gda | " in gda
+    assert script.main([*arguments, "--methods", "nonsense"]) == 2

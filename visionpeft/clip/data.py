@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from visionpeft import data
+from visionpeft.clip.coop_layouts import Entries, aircraft, imagenet
 from visionpeft.clip.errors import ClipError
 from visionpeft.data.folder import class_folders, images_below, read_part
 from visionpeft.data.sets import FileSource, ImageSet, Splits, existing, join
@@ -35,6 +36,7 @@ COOP_LAYOUT = {
     "eurosat": ("eurosat", "2750", "split_zhou_EuroSAT.json"),
     "ucf101": ("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json"),
 }
+COOP_LISTS = {"fgvc_aircraft": ("fgvc_aircraft", aircraft), "imagenet": ("imagenet", imagenet)}
 VAL_SHOTS = 4  # CoOp validates on min(shots, 4) images a class
 
 
@@ -103,7 +105,7 @@ def read_classes(file: str, known: Sequence[str]) -> list[str]:
 
 
 def load_coop(name: str, root: str | Path, shots: int | None = None, seed: int = 1) -> Splits:
-    """A data set in CoOp's layout, `root/<folder>/split_zhou_*.json`, with K images a class to train on.
+    """A data set in CoOp's layout, mostly `root/<folder>/split_zhou_*.json`, with K images a class to train on.
 
     With `shots`, train is K images of every class (all of a class that has fewer), val is min(K, 4) of CoOp's own
     validation list; train_val is train, so that K shots stay K shots. Draws come from `seed` by numpy's PCG64: they are
@@ -112,8 +114,12 @@ def load_coop(name: str, root: str | Path, shots: int | None = None, seed: int =
     Raises:
         DataError: an unknown set, a missing file, an image that is gone, labels that do not count from 0.
     """
+    if name in COOP_LISTS:
+        folder, read = COOP_LISTS[name]
+        path = existing(Path(root).expanduser() / folder, "folder of CoOp's layout")
+        return _to_splits(path, read(path), path, shots, seed)
     if name not in COOP_LAYOUT:
-        raise DataError(f"no CoOp layout for {name!r}: one of {', '.join(COOP_LAYOUT)}")
+        raise DataError(f"no CoOp layout for {name!r}: one of {', '.join([*COOP_LAYOUT, *COOP_LISTS])}")
     folder, images, file = COOP_LAYOUT[name]
     return read_split(existing(Path(root).expanduser() / folder / file, "CoOp split file"), images, shots, seed)
 
@@ -125,13 +131,18 @@ def read_split(path: Path, images: str = "", shots: int | None = None, seed: int
         entries = {part: [(str(p), int(y), str(c)) for p, y, c in content[part]] for part in ("train", "val", "test")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: no CoOp split file ({type(error).__name__}: {error})") from error
+    return _to_splits(path, entries, path.parent / images, shots, seed)
+
+
+def _to_splits(path: Path, entries: Entries, base: Path, shots: int | None, seed: int) -> Splits:
+    """Splits of (image, label, class name) with images below `base`; `path` is what lists them."""
     names: dict[int, str] = {}
     for _, label, name in (entry for part in entries.values() for entry in part):
         if names.setdefault(label, name) != name:
             raise DataError(f"{path}: label {label} is {names[label]!r} and {name!r}")
     if sorted(names) != list(range(len(names))):
         raise DataError(f"{path}: labels do not count from 0: {sorted(names)[:5]} ...")
-    parts = {part: _image_set(found, path, images) for part, found in entries.items()}
+    parts = {part: _image_set(found, path, base) for part, found in entries.items()}
     train, val = parts["train"], parts["val"]
     if shots is not None:
         train = draw_shots(train, shots, seed)
@@ -141,8 +152,8 @@ def read_split(path: Path, images: str = "", shots: int | None = None, seed: int
     return Splits(path.stem, classes, None, False, train, val, train_val, parts["test"])
 
 
-def _image_set(entries: list[tuple[str, int, str]], file: Path, images: str) -> ImageSet:
-    paths = [str(file.parent / images / path) for path, *_ in entries]
+def _image_set(entries: list[tuple[str, int, str]], file: Path, base: Path) -> ImageSet:
+    paths = [str(base / path) for path, *_ in entries]
     for path in paths:
         if not Path(path).is_file():
             raise DataError(f"{path} (listed in {file}): no such image file")
