@@ -256,14 +256,22 @@ def graphs() -> list[Row]:
 
 
 def compiled(device: str) -> list[Row]:
-    """Bytes alive after the forward of compiled models; rebuilding is off there: the partitioner chooses."""
+    """Bytes alive after the forward of compiled models; rebuilding is off there: the partitioner chooses.
+
+    It does not make again what feeds a matrix product of backward, unless it is told that it may.
+    """
+    import torch._functorch.config as partitioner
+
     out: list[Row] = []
     for name in ("frozen", "LoRA r8, all Linears", "PEFT LoRA r8, all Linears", "full fine-tuning"):
-        torch._dynamo.reset()
-        contender = Contender(_vit_s(8), CONTENDERS[name], "fp32", device)
-        contender.model.compile(backend="aot_eager_decomp_partition")
-        live = contender.live() / MIB
-        out.append({"contender": name, "live_mib": live, "live_ratio": live / (out[0]["live_mib"] if out else live)})
+        for banned in (True, False):
+            torch._dynamo.reset()
+            contender = Contender(_vit_s(8), CONTENDERS[name], "fp32", device)
+            contender.model.compile(backend="aot_eager_decomp_partition")
+            with partitioner.patch(ban_recompute_materialized_backward=banned):
+                live = contender.live() / MIB
+            base = out[0]["live_mib"] if out else live
+            out.append({"contender": name, "banned": banned, "live_mib": live, "live_ratio": live / base})
     return out
 
 
