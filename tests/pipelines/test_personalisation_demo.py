@@ -1,0 +1,39 @@
+"""The demo of `visionpeft personalise`: what it writes, and that its judges can judge."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("sklearn")
+pytest.importorskip("timm")
+
+from visionpeft.models import nano_diffusion  # noqa: E402
+from visionpeft.pipelines import personalisation_demo as demo  # noqa: E402
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path, monkeypatch: Any) -> None:
+    """On a pipeline of random weights: all the way through, with three updates and few images."""
+    torch.manual_seed(0)
+    pipe = nano_diffusion.create(pretrained=False)
+    monkeypatch.setattr(demo, "load_pipeline", lambda base: pipe)
+    for name, number in (("SUBJECT_IMAGES", 6), ("PLACE_IMAGES", 1), ("CLASS_IMAGES", 1), ("SIDE_BY_SIDE", 8)):
+        monkeypatch.setattr(demo, name, number)
+    config = replace(demo.DEMO, steps=3, prior=2, inference_steps=2, out=str(tmp_path), cache=str(tmp_path / "cache"))
+    told: list[str] = []
+    head, rows, folder = demo.demo(told.append, lambda text: None, config)
+    assert [row[0] for row in rows] == ["before", "krona", "lora", "difffit"]
+    assert {len(row) for row in rows} == {len(head)}
+    found = json.loads((folder / "result.json").read_text())
+    assert found["figures"].keys() == {"before", "krona", "lora", "difffit"}
+    assert min(found["judges"]) > 0.9, "the judges do not know what they judge"
+    assert (folder / "sheet.png").stat().st_size > 1000 and "<img" in (folder / "report.html").read_text()
+    for name in ("krona", "lora", "difffit"):
+        assert (folder / name / "adapter.safetensors").exists() and (folder / name / "report.html").exists()
