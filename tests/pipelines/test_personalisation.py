@@ -234,3 +234,24 @@ def test_bundled_subjects() -> None:
         assert [len(p) for p in pictures] == [5, 5]
         assert len({p.digest for part in pictures for p in part}) == 10
         assert all(p.open().size == (32, 32) for part in pictures for p in part)
+
+
+def test_single_file(base: str, tmp_path: Path) -> None:
+    """One file with the original names, and a folder of which only configs and the tokenizer are read."""
+    import shutil
+
+    import single_file
+
+    wanted = tiny_pipelines.sd()
+    single_file.write(wanted, tmp_path / "model.safetensors")
+    configs = tmp_path / "configs"
+    shutil.copytree(base, configs, ignore=shutil.ignore_patterns("*.safetensors"))
+    found = load_pipeline(str(tmp_path / "model.safetensors"), str(configs))
+    for name in ("unet", "vae", "text_encoder"):
+        state = getattr(found, name).state_dict()
+        for key, value in getattr(wanted, name).state_dict().items():
+            assert torch.equal(state[key], value), (name, key)
+    with pytest.raises(DiffusionError, match=r"model\.safetensors is no checkpoint of"):
+        other = tmp_path / "other"
+        tiny_pipelines.sdxl().save_pretrained(other)
+        load_pipeline(str(tmp_path / "model.safetensors"), str(other))
