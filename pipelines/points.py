@@ -169,7 +169,7 @@ def plan_for(config: Config) -> Plan:
     """
     method = method_name(config.method)
     recipe = Recipe(lr=5e-4, weight_decay=0.05, epochs=300, batch_size=32, warmup_epochs=10, min_lr=1e-6, clip=10.0,
-                    schedule="epoch", decay_1d=False, drop_path=0.1, augment="scale_translate")
+                    schedule="epoch", decay_1d=False, drop_path=0.1, augment="scale_translate", drop_last=True)
     if config.model == NANO:
         recipe = replace(recipe, lr=RATES.get(method, 1e-3), epochs=EPOCHS.get(method, 15), warmup_epochs=1,
                          drop_path=0.0, schedule="update", augment="rotate" if config.data == "bundled" else
