@@ -218,6 +218,7 @@ def test_the_script_of_the_bundled_weights(clouds, tmp_path, monkeypatch, capsys
 
     config = pretraining(tmp_path, clouds)
     monkeypatch.setattr(build_point_assets, "probe", lambda checkpoint: 0.5 if checkpoint else 0.25)
+    monkeypatch.setattr(build_point_assets, "by_hand", lambda: 0.375)
     given = ["--data", config.data, "--epochs", "1", "--batch", "8", "--work", str(tmp_path / "w"), "--assets",
              str(tmp_path)]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["build_point_assets.py", *given])
@@ -226,6 +227,10 @@ def test_the_script_of_the_bundled_weights(clouds, tmp_path, monkeypatch, capsys
     figures = json.loads(printed[printed.index("{"):])
     assert figures["bytes"] == (tmp_path / "nano_point_mae.safetensors").stat().st_size < 6e6
     assert figures["probe_accuracy"] == 0.5
+    card = (tmp_path / "nano_point_mae.md").read_text()
+    for line in ("| linear probe, % | 50.0 |", "random start, % | 25.0 |", "by hand, % | 37.5 |", "CC BY 2.0",
+                 "LDraw.org", "--epochs 1 --batch 8", f"| {figures['bytes']:,} (fp16) |"):  # fmt: skip
+        assert line in card
 
 
 def test_the_bundled_model_is_small_enough_to_ship(monkeypatch):
