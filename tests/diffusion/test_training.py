@@ -195,6 +195,19 @@ def test_gradient_checkpointing_changes_nothing(config: Config, pipe: Any, tmp_p
     assert not pipe.unet.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+def test_mixed_precision(config: Config, kind: str) -> None:
+    """bf16 where it is computed; latents, adapter and loss stay float32."""
+    half = plain(config, steps=2, precision="bf16", gradient_checkpointing=True)
+    whole = replace(half, precision="fp32", out=f"{half.out}_whole")
+    pipe = tiny_pipelines.PIPELINES[kind]()
+    a, b = run(half, pipe=pipe), run(whole, pipe=pipe)
+    assert a.loss != b.loss and abs(a.loss - b.loss) < 0.05 * b.loss
+    assert {t.dtype for t in adapter(half).values()} == {torch.float32}
+    assert {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
+    assert "forward" not in vars(family_of(pipe).denoiser)
+
+
 def test_average(config: Config, pipe: Any, tmp_path: Path) -> None:
     """The saved adapter is the average; decay min(0.9, (1 + step) / (10 + step))."""
     t = trainer(replace(plain(config), ema=0.9), pipe, tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -196,6 +197,30 @@ def test_sigkill(config: Config, tmp_path: Path) -> None:
     assert (whole / "metrics.jsonl").read_text() == (killed / "metrics.jsonl").read_text()
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]
     assert results[0]["loss"] == results[1]["loss"] and results[0]["segments"] == results[1]["segments"] == [150]
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_work_of_one(config: Config, tmp_path: Path) -> None:
+    told = ["--base", config.base, "--images", config.images, "--cache", config.cache, "--steps", "3", "--accumulation",
+            "2", "--inference-steps", "2", "--method", "lora:rank=2", "--prompt", "a {}", "--previews",
+            "a {}"]  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
+              str(ROOT / "scripts" / "train_personalisation.py")]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for out, start in (("one", ["visionpeft.cli", "personalise"]), ("two", launch)):
+        command = [sys.executable, "-m", *start, *told, "--out", str(tmp_path / out)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    a, b = (load_file(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
+    for key, value in a.items():
+        torch.testing.assert_close(b[key], value, rtol=1e-4, atol=1e-6)
+    first, second = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
+    for x, y in zip(first, second, strict=True):
+        assert abs(json.loads(x)["loss"] - json.loads(y)["loss"]) < 1e-5
 
 
 # ---- scores and the bundled subjects

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from visionpeft.errors import require
 from visionpeft.pipelines.personalisation_settings import Config
 
 _DEFAULT = Config()
@@ -26,7 +28,7 @@ def _personalise(config: Config = _DEFAULT) -> int:
     from visionpeft.report.console import _console, _table
     from visionpeft.report.personalisation import score_rows
 
-    console = _console()
+    console = _console(quiet=bool(int(os.environ.get("RANK", 0))))
 
     def watch(line: str) -> None:
         console.print(line, markup=False)
@@ -43,6 +45,7 @@ def _personalise(config: Config = _DEFAULT) -> int:
 
     with console.status(config.method) as status:
         result = run(config, watch, lambda done, all, loss: status.update(f"{done} of {all} updates, loss {loss:.4f}"))
+    require("accelerate", extra="train").PartialState().destroy_process_group()
     if result.after:
         console.print(_table(["score", "real", "before", "after"], score_rows(result)))
     console.print(f"{result.folder}/adapter.safetensors: {result.parameters:,} parameters, {result.file_bytes:,} "
