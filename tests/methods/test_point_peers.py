@@ -376,3 +376,13 @@ def test_numbers_of_point_peft_with_a_memory_bank():
         model = create("point_mae", 15)
         tuner = vp.attach(model, vp.methods.PointPEFT(memory=100), train="head")
     assert sum(p.numel() for p in tuner.parameters()) == 633_871 + 6 * (2 * 384 * 8 + 8 + 384) == 673_087
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("key", FIELDS)
+def test_statistics_of_the_frozen_encoder_drift_only_if_legacy(key, legacy):
+    model = adapted(key, torch.float32, legacy=legacy)[0].train()
+    norm = model.encoder.first_conv[1]
+    before = norm.running_mean.clone()
+    model(points(dtype=torch.float32)).sum().backward()
+    assert norm.training is legacy and torch.equal(norm.running_mean, before) is not legacy
