@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -28,14 +29,15 @@ from visionpeft.diffusion.loading import digest, load_pipeline, parts
 from visionpeft.diffusion.prior import class_images
 from visionpeft.diffusion.training import Example, Trainer
 from visionpeft.diffusion.words import check_token, rare_token
+from visionpeft.errors import FormatError
+from visionpeft.formats import kohya
 from visionpeft.pipelines.methods import parse_method
 from visionpeft.pipelines.personalisation_settings import Config, Result
 from visionpeft.report.personalisation import report
-from visionpeft.state import read_header
 from visionpeft.training import make_accelerator, runs
 from visionpeft.training.order import seed_all
 
-__all__ = ["Config", "Result", "bundled", "draw", "run"]
+__all__ = ["Config", "Result", "bundled", "run"]
 
 Watch = Callable[[str], None]
 BUNDLED = "bundled:"
@@ -271,6 +273,8 @@ def _finish(config: Config, family: Family, trainer: Trainer, subject: Subject, 
                            class_name=config.class_name, denoiser=base, new_classes=config.new_classes,
                            seed=config.seed)  # fmt: skip
         result.file_bytes = path.stat().st_size
+        if config.kohya:
+            _write_kohya(trainer.tuner, config.folder / "adapter_kohya.safetensors", result.notes)
     if config.score_images:
         from visionpeft.diffusion.scores import compare
 
@@ -284,53 +288,15 @@ def _finish(config: Config, family: Family, trainer: Trainer, subject: Subject, 
     return result
 
 
-def draw(base: str, adapters: dict[str, float], prompts: Sequence[str], *, base_config: str | None = None,
-         count: int = 1, seed: int = 0, steps: int = 25, guidance: float = 7.5,
-         side: int | None = None, watch: Watch | None = None) -> list[tuple[str, Any]]:  # fmt: skip
-    """Images (prompt, PIL image) from a base and adapter files with their strengths.
-
-    Args:
-        watch: told where an adapter was trained on a base of the same shapes with other weights.
-
-    {} in a prompt becomes the token and the class of the first adapter.
-
-    Raises:
-        VisionPEFTError: a base, adapter or prompt that does not fit; an adapter of another base, with differences.
-    """
-    family = family_of(load_pipeline(base, base_config))
-    about = _about(next(iter(adapters))) if adapters else {}
-    if about.get("new_classes"):
-        renew_classes(family.denoiser, about["new_classes"], about["seed"])
-    _note_base(family, adapters, watch)
-    tuners = {f"adapter{i}": vp.load(family.pipe, path, name=f"adapter{i}") for i, path in enumerate(adapters)}
-    if tuners:
-        vp.activate(family.pipe, dict(zip(tuners, adapters.values(), strict=True)))
-    first = next(iter(adapters), None)
-    name = "" if first is None else subject_of(first)
-    found = []
-    for prompt in prompts:
-        text = prompt.replace("{}", name)
-        family.text([text])  # refuses what is too long
-        found += [(text, *family.draw([text], [seed + i], steps, guidance, side)) for i in range(count)]
-    return found
-
-
-def _note_base(family: Family, adapters: Sequence[str] | dict[str, float], watch: Watch | None) -> None:
-    here = digest(family.denoiser)
-    for path in adapters:
-        about = _about(path)
-        if watch is not None and about.get("denoiser", here) != here:
-            watch(f"NOTE: {path} was trained on {about.get('base')!r}, whose weights are others than these")
-
-
-def subject_of(path: str) -> str:
-    """Token and class that an adapter file was trained with; empty if it does not say."""
-    about = _about(path)
-    return " ".join(str(about[key]) for key in ("token", "class_name") if about.get(key))
-
-
-def _about(path: str) -> dict[str, Any]:
-    return read_header(path).get("metadata", {})
+def _write_kohya(tuner: vp.Tuner, path: Path, notes: list[str]) -> None:
+    """Write the file of sd-scripts, or note why it cannot be; how much a KronA grows is noted too."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            kohya.save(tuner, path)
+        except FormatError as error:
+            notes.append(f"no {path.name}: {error}")
+    notes += [str(w.message) for w in told]
 
 
 def _versions() -> dict[str, str]:

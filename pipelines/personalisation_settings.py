@@ -98,6 +98,8 @@ class Config:
     clip_model: str = "ViT-B-32-quickgelu"
     """Encoder of CLIP-I and CLIP-T: open_clip's name; the default, with openai's weights, is DreamBooth's."""
     clip_checkpoint: str | None = "openai"
+    kohya: bool = True
+    """Also write adapter_kohya.safetensors, which ComfyUI and the WebUIs read, where the format can say what learnt."""
     cache: str = "runs/cache"
     """Folder that keeps latents, text features and class images between runs."""
     checkpoint_seconds: float = 60.0
@@ -114,7 +116,8 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """What decides the numbers of every update: not how many there are, nor what is shown."""
         beside = ("out", "steps", "preview_every", "previews", "inference_steps", "score_images", "live", "dino",
-                  "dino_checkpoint", "clip_model", "clip_checkpoint", "cache", "checkpoint_seconds")  # fmt: skip
+                  "dino_checkpoint", "clip_model", "clip_checkpoint", "kohya", "cache",
+                  "checkpoint_seconds")  # fmt: skip
         if self.prior:  # class images are drawn with these
             beside = tuple(name for name in beside if name != "inference_steps")
         return {key: value for key, value in asdict(self).items() if key not in beside}

@@ -29,7 +29,8 @@ from visionpeft.data.scenes import SUBJECTS  # noqa: E402
 from visionpeft.diffusion import DiffusionError, load_pipeline  # noqa: E402
 from visionpeft.diffusion.scores import LIVE_PROMPTS, OBJECT_PROMPTS, Encoder, among, scores  # noqa: E402
 from visionpeft.errors import VisionPEFTError  # noqa: E402
-from visionpeft.pipelines.personalisation import Config, bundled, draw, run, subject_of  # noqa: E402
+from visionpeft.pipelines.generation import draw, subject_of  # noqa: E402
+from visionpeft.pipelines.personalisation import Config, bundled, run  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,6 +76,22 @@ def test_account_and_files(config: Config, pipe: Any) -> None:
     assert subject_of(str(config.folder / "adapter.safetensors")) == "zqx c"
     page = (config.folder / "report.html").read_text()
     assert page.count("<img") == 1 and "memory expected" in page and "http" not in page.replace("http://www.w3", "")
+
+
+def test_the_kohya_file_beside(config: Config, pipe: Any) -> None:
+    run(config, pipe=pipe)
+    tuner = vp.load(pipe, config.folder / "adapter.safetensors")
+    generator = torch.Generator()
+    wanted = pipe("a zqx c", num_inference_steps=2, generator=generator.manual_seed(1), output_type="pt").images
+    tuner.detach()
+    other = load_pipeline(config.base)
+    other.load_lora_weights(str(config.folder), weight_name="adapter_kohya.safetensors")
+    found = other("a zqx c", num_inference_steps=2, generator=generator.manual_seed(1), output_type="pt").images
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+    again = replace(config, method="difffit", out=f"{config.out}_difffit")
+    (note,) = run(again, pipe=pipe).notes
+    assert note.startswith("no adapter_kohya.safetensors:")
+    assert not (again.folder / "adapter_kohya.safetensors").exists()
 
 
 def test_a_black_preview_is_told(config: Config, pipe: Any, monkeypatch: Any) -> None:
@@ -177,7 +194,7 @@ def test_commands(config: Config, tmp_path: Path, capsys: Any, monkeypatch: Any)
 def test_sigkill(config: Config, tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
         return [sys.executable, "-m", "visionpeft.cli", "personalise", "--base", config.base, "--images", config.images,
-                "--out", str(out), "--cache", config.cache, "--steps", "150", "--inference-steps", "2", "--method",
+                "--out", str(out), "--cache", config.cache, "--steps", "30", "--inference-steps", "2", "--method",
                 "lora:rank=2,dropout=0.1", "--prompt", "a {}", "--previews", "a {}", "--ema", "0.9", "--flip",
                 "--checkpoint-seconds", "0"]  # fmt: skip
 
@@ -190,13 +207,13 @@ def test_sigkill(config: Config, tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     done = len(torch.load(killed / "checkpoint.pt", weights_only=True)["losses"])
-    assert 0 < done < 150, "the run was not killed in the middle"
+    assert 0 < done < 30, "the run was not killed in the middle"
     subprocess.run(command(killed), cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     a, b = (load_file(folder / "adapter.safetensors") for folder in (whole, killed))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert (whole / "metrics.jsonl").read_text() == (killed / "metrics.jsonl").read_text()
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]
-    assert results[0]["loss"] == results[1]["loss"] and results[0]["segments"] == results[1]["segments"] == [150]
+    assert results[0]["loss"] == results[1]["loss"] and results[0]["segments"] == results[1]["segments"] == [30]
 
 
 @pytest.mark.slow

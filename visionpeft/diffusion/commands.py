@@ -79,7 +79,7 @@ def _generate(
         side: Pixels; by default what the pipeline was made for.
         out: Folder for the images and sheet.png.
     """
-    from visionpeft.pipelines.personalisation import draw
+    from visionpeft.pipelines.generation import draw
     from visionpeft.report.personalisation import sheet
 
     drawn = draw(base, dict(_strength(text) for text in adapters), prompts, base_config=base_config, count=count,

@@ -36,6 +36,8 @@ def load_pipeline(base: str = NANO, config: str | None = None) -> Any:
     pipe.set_progress_bar_config(disable=True)
     for part in parts(pipe).values():
         part.eval()
+        if any(p.dtype != torch.float32 for p in part.parameters()):
+            part.float()
     return pipe
 
 
@@ -82,7 +84,7 @@ def _from_folder(folder: Path) -> Any:
     try:
         return _pipeline_class(index, folder).from_pretrained(
             str(folder), local_files_only=True, **_unchecked(index)
-        ).to(torch.float32)
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DiffusionError(f"the pipeline in {folder} cannot be loaded: {_short(error)}") from error
 
@@ -109,7 +111,7 @@ def _from_file(path: Path, config: str | None) -> Any:
                 f"{path} is no checkpoint of {folder.name}'s architecture: nothing for {len(left)} tensors of {name}, "
                 f"such as {left[0]}"
             )
-    return pipe.to(torch.float32)
+    return pipe
 
 
 def _short(error: Exception) -> str:

@@ -1,0 +1,63 @@
+"""`visionpeft generate`: images from a base and adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import visionpeft as vp
+from visionpeft.diffusion.classes import renew_classes
+from visionpeft.diffusion.families import Family, family_of
+from visionpeft.diffusion.loading import digest, load_pipeline
+from visionpeft.state import read_header
+
+Watch = Callable[[str], None]
+
+
+def draw(base: str, adapters: dict[str, float], prompts: Sequence[str], *, base_config: str | None = None,
+         count: int = 1, seed: int = 0, steps: int = 25, guidance: float = 7.5,
+         side: int | None = None, watch: Watch | None = None) -> list[tuple[str, Any]]:  # fmt: skip
+    """Images (prompt, PIL image) from a base and adapter files with their strengths.
+
+    Args:
+        watch: told where an adapter was trained on a base of the same shapes with other weights.
+
+    {} in a prompt becomes the token and the class of the first adapter.
+
+    Raises:
+        VisionPEFTError: a base, adapter or prompt that does not fit; an adapter of another base, with differences.
+    """
+    family = family_of(load_pipeline(base, base_config))
+    about = _about(next(iter(adapters))) if adapters else {}
+    if about.get("new_classes"):
+        renew_classes(family.denoiser, about["new_classes"], about["seed"])
+    _note_base(family, adapters, watch)
+    tuners = {f"adapter{i}": vp.load(family.pipe, path, name=f"adapter{i}") for i, path in enumerate(adapters)}
+    if tuners:
+        vp.activate(family.pipe, dict(zip(tuners, adapters.values(), strict=True)))
+    first = next(iter(adapters), None)
+    name = "" if first is None else subject_of(first)
+    found = []
+    for prompt in prompts:
+        text = prompt.replace("{}", name)
+        family.text([text])  # refuses what is too long
+        found += [(text, *family.draw([text], [seed + i], steps, guidance, side)) for i in range(count)]
+    return found
+
+
+def _note_base(family: Family, adapters: Sequence[str] | dict[str, float], watch: Watch | None) -> None:
+    here = digest(family.denoiser)
+    for path in adapters:
+        about = _about(path)
+        if watch is not None and about.get("denoiser", here) != here:
+            watch(f"NOTE: {path} was trained on {about.get('base')!r}, whose weights are others than these")
+
+
+def subject_of(path: str) -> str:
+    """Token and class that an adapter file was trained with; empty if it does not say."""
+    about = _about(path)
+    return " ".join(str(about[key]) for key in ("token", "class_name") if about.get(key))
+
+
+def _about(path: str) -> dict[str, Any]:
+    return read_header(path).get("metadata", {})
