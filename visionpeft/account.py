@@ -6,7 +6,6 @@ account holds for any method and for whatever stands around it. It takes as many
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,8 +33,8 @@ class MemoryReport(list[Entry]):
     """Entries, one a site; prints as a table.
 
     Attributes:
-        frozen: bytes alive after the forward of the frozen model, whose input takes a gradient.
-        adapted: bytes alive with the adapters.
+        frozen: bytes alive after the forward without this tuner, the input taking a gradient.
+        adapted: bytes alive with it.
     """
 
     def __init__(self, entries: list[Entry], frozen: int, adapted: int) -> None:
@@ -65,10 +64,11 @@ def memory_report(tuner: Tuner, example: tuple[Any, ...]) -> MemoryReport:
     """
     if not tuner.active or tuner.merged is not None:
         raise VisionPEFTError(f"{tuner.name!r} does not act now: activate or unmerge it before it can be measured")
-    example = tuple(_wanting(copy.deepcopy(e)) for e in example)
+    example = tuple(map(_wanting, example))
+    device = next(iter(tuner.parameters())).device
 
     def alive() -> int:
-        return live_bytes(lambda: probing._run(tuner, example))
+        return live_bytes(lambda: probing._run(tuner, example), device)
 
     with probing._untouched(tuner):
         probing._train(tuner, True)
@@ -86,7 +86,7 @@ def memory_report(tuner: Tuner, example: tuple[Any, ...]) -> MemoryReport:
 def _wanting(value: Any) -> Any:
     """Floating tensors that ask for a gradient: the frozen model is compared where gradients pass through it."""
     if isinstance(value, Tensor):
-        return value.detach().requires_grad_(value.is_floating_point())
+        return value.detach().clone().requires_grad_(value.is_floating_point())
     if isinstance(value, (list, tuple)):
         return type(value)(map(_wanting, value))
     return {k: _wanting(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -96,6 +96,8 @@ def _missed(alive: Callable[[], int], tuner: Tuner, site: Site, adapted: int) ->
     with _resting(tuner.adapters[site]):
         try:
             return adapted - alive()
+        except torch.OutOfMemoryError:
+            raise
         except (VisionPEFTError, RuntimeError):  # prompts, which change the number of tokens for all that follow
             return None
 

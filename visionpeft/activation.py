@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from visionpeft import binding
+from visionpeft import binding, levers
 from visionpeft.adapter import Forgiving
 from visionpeft.errors import VisionPEFTError
 from visionpeft.sites import Backbone
@@ -33,6 +33,7 @@ class Registry:
         tuners: name -> tuner, in the order of attaching.
         order: names of the active ones, in the order in which they act.
         requires_grad: the flags of all parameters before the first adapter came.
+        fused: whether Linears use the fused function, see `Tuner.fused`.
         training: for BatchNorms that were frozen: their own mode and that of the root, before.
     """
 
@@ -40,6 +41,7 @@ class Registry:
         self.roots = dict(roots)
         self.tuners: dict[str, Tuner] = {}
         self.order: tuple[str, ...] = ()
+        self.fused = True
         self.requires_grad: dict[tuple[str, str], bool] = {}
         self.training: dict[str, tuple[bool, bool]] = {}
 
@@ -133,10 +135,13 @@ def refresh(backbone: Backbone) -> None:
         return
     names = tuple(name for name in found.order if found.tuners[name].merged is None)
     thawed = any(not found.tuners[name].method.freezes_statistics for name in found.order)
+    keeps = any(found.tuners[name].memory == "keep" for name in found.order)
+    route = "plain" if not found.fused else "keep" if keeps else "rebuild"
     settle(backbone)
     for root in backbone.roots.values():
         for _, module, held in binding.holders(root):
             held.act(names)
+            levers.set_route(held, route)
             held.thawed = thawed or "running_mean" in held.live  # of a classifier that learns
             binding.throw_switches(module, held, names)
             if isinstance(module, binding.FrozenStatistics):

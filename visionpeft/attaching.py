@@ -84,8 +84,7 @@ def bind(tuner: Tuner, adapters: dict[Site, Adapter], learnt: Iterable[tuple[str
         copies: dict[int | str, Tensor] = {}
         for key in dict.fromkeys([*learnt, *trained]):
             _copy(tuner, *key, copies, (values or {}).get(key))
-        levers.dress(backbone, tuner.memory, lambda module, mixin: _dress(tuner, module, mixin))
-        tuner.fused = True
+        levers.dress(tuner, lambda module, mixin: _dress(tuner, module, mixin))
         _activate_new(tuner, registry)
         if probe:
             from visionpeft.probing import probe_attached

@@ -35,6 +35,12 @@ class BatchSite(binding.Mixin):
         backbone = self.peft.backbone
         found = activation.registry(backbone)
         assert found is not None
+        again = [n for n in names if n is not None and found.tuners[n].memory in ("checkpoint", "reversible")]
+        if again and torch.is_grad_enabled():
+            raise VisionPEFTError(
+                f"{again[0]!r} runs its blocks again in backward (memory={found.tuners[again[0]].memory!r}), where it "
+                "would not know which sample is whose: attach with memory=rebuild to learn so"
+            )
         try:
             _mix(backbone, False)
             for name in dict.fromkeys(names):

@@ -46,6 +46,7 @@ class Holder(nn.Module):
         active: names of the adapters that act, in order; here or elsewhere in the model. Set by `act`.
         now: the adapters here that act. Compiled code sees these alone and no names, so that others of the same kind
             take their place without a new graph.
+        levers: names of the mixins here whose users act.
         live: tensor name -> name of the adapter whose trainable copy stands in the module.
         aside: originals of tensors that learn in place (by name) or are merged (name of the adapter, dot, name). No
             buffers: DDP would send them, torch.export would want them, and `.to` would make other objects of them.
@@ -54,7 +55,7 @@ class Holder(nn.Module):
         tap: input of the residual branch that begins here, taps: all that this block must clear.
         thawed: a BatchNorm's statistics may learn, since an adapter that acts wants them to.
         mixed: each sample has its own adapter, and only the root (with `samples` and `backbone`) may say which acts.
-        chain: blocks among which this one is undone in backward, and its place there.
+        chain: blocks among which this one is undone in backward, and its place there: first, middle or last.
         attention: backend and number of tokens that `set_attention` chose.
         switches: attributes of the module and their values while an adapter acts, saved: their values before.
     """
@@ -62,7 +63,8 @@ class Holder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.active: tuple[str, ...] = ()
-        self.now: list[Adapter] = []
+        self.now: list[Adapter] | None = []
+        self.levers: tuple[str, ...] = ()
         self.hidden: tuple[str, ...] = ()
         self.route = "rebuild"
         self.tap: Tap | None = None
@@ -95,14 +97,22 @@ class Holder(nn.Module):
         self.active = names
         boxes: list[Any] = [self._modules[name] for name in names if name in self._modules]
         self.now = [adapter for box in boxes for adapter in box.values() if adapter.kind]
+        self.levers = tuple(sorted({m.__name__ for name in names for m in self.users.get(name, ())}))
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.now = None
+        return replica
 
     def acting(self, *kinds: str) -> list[Adapter]:
         """Adapters of sites of these kinds (all but branches and blocks if none is given) that act, in order."""
         if self.mixed:
             raise VisionPEFTError("each sample has its own adapter: call the model itself, not a part or other method")
-        if self.training and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            _refuse_reentrant()
-        adapters = [a for a in self.now if a.kind in (kinds or _MODULES)]
+        if self.now is None:  # a replica of nn.DataParallel, whose children came after its attributes
+            self.act(self.active)
+        adapters = [a for a in self.now or () if a.kind in (kinds or _MODULES)]
+        if adapters and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            refuse_reentrant()
         if _fired is not None:
             _fired.update(map(id, adapters))
         return adapters
@@ -115,9 +125,12 @@ class Holder(nn.Module):
         return out
 
 
-def _refuse_reentrant() -> None:
-    """Reentrant checkpointing runs forward without gradients, and all adapters in a part whose input needs none learn
-    nothing: torch gives a warning once, and no error."""
+def refuse_reentrant() -> None:
+    """Refuse to run inside reentrant checkpointing; called where there are no gradients.
+
+    It runs forward without them, and all adapters in a part whose input needs none learn nothing: torch gives a warning
+    once, and no error.
+    """
     frame = sys._getframe(2)
     while (above := frame.f_back) is not None:
         if frame.f_code is _REENTRANT:

@@ -156,19 +156,20 @@ def _merge(run: str, out: str = "model.safetensors", export: str | None = None, 
     return 0
 
 
-def _inspect(model: str, memory: bool = False, method: str = "lora", batch: int = 1) -> int:
+def _inspect(model: str, memory: bool = False, method: str = "lora", lever: str = "rebuild", batch: int = 1) -> int:
     """Show the places of a model where methods can act, or what a method makes it keep in memory at each.
 
     Args:
         model: nano_vit, or any timm name; no weights are needed.
         memory: Attach the method and count the bytes alive after forward, with and without each adapter.
         method: A method with its settings, such as "lora:targets=linear".
+        lever: rebuild, keep, checkpoint or reversible.
         batch: Images that are looked at.
     """
     import torch
 
     if memory:
-        return _memory(model, method, batch)
+        return _memory(model, method, lever, batch)
 
     import visionpeft as vp
     from visionpeft.pipelines.backbone import Backbone, build
@@ -179,7 +180,7 @@ def _inspect(model: str, memory: bool = False, method: str = "lora", batch: int 
     return 0
 
 
-def _memory(model: str, method: str, batch: int) -> int:
+def _memory(model: str, method: str, lever: str, batch: int) -> int:
     import torch
 
     import visionpeft as vp
@@ -187,7 +188,7 @@ def _memory(model: str, method: str, batch: int) -> int:
     from visionpeft.pipelines.methods import parse_method
 
     backbone = build(Backbone(model), 10, pretrained=False)
-    tuner = vp.attach(backbone, parse_method(method), train="head")
+    tuner = vp.attach(backbone, parse_method(method), train="head", memory=lever)
     print(tuner.memory_report(torch.randn(batch, *backbone.pretrained_cfg["input_size"])))
     return 0
 

@@ -5,8 +5,8 @@
     checkpoint   each block keeps only its input and is run again in backward: a third more time
     reversible   blocks keep a few bits and are undone in backward; changes the model: see `visionpeft.reversible`
 
-The first two are one setting for all adapters of a model, the last given counts. The others belong to the tuner: they
-come and go with it. `docs/benchmarks.md` has the cost of each.
+While a tuner with `keep` acts, all adapters of the model keep. The last two belong to the blocks where the tuner acts:
+they come and go with it. `docs/benchmarks.md` has the cost of each.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils.checkpoint import checkpoint
 
 from visionpeft import binding
 from visionpeft.adapter import Adapter
 from visionpeft.errors import SiteError, VisionPEFTError
 from visionpeft.reversible import Chain, ReversibleSite
+from visionpeft.sites import inside
 
 if TYPE_CHECKING:
-    from visionpeft.sites import Backbone
+    from visionpeft.tuner import Tuner
 
 CHOICES = ("rebuild", "keep", "checkpoint", "reversible")
 
@@ -35,47 +37,42 @@ def check(memory: str) -> None:
         raise VisionPEFTError(f"memory={memory!r}: there are {', '.join(CHOICES)}")
 
 
-def dress(backbone: Backbone, memory: str, put: Callable[..., binding.Holder]) -> None:
-    """Dress the blocks as the choice wants; `put(module, mixin)` does it.
+def dress(tuner: Tuner, put: Callable[..., binding.Holder]) -> None:
+    """Dress the blocks as the tuner's choice wants; `put(module, mixin)` does it.
 
     Raises:
-        SiteError: the choice acts on blocks, and the model has none that are known.
+        SiteError: the choice acts on blocks, and none are known where the tuner acts.
     """
-    if memory == "checkpoint":
-        for path in blocks(backbone):
-            put(backbone.module(path), CheckpointSite)
-    elif memory == "reversible":
-        for row in _rows(backbone):
-            chain = Chain(len(row))
-            for index, block in enumerate(row):
-                put(block, ReversibleSite).chain = chain, index
-
-
-def _rows(backbone: Backbone) -> list[list[nn.Module]]:
-    """Blocks that stand side by side in one container and keep the size of what they are given."""
-    rows: dict[str, list[nn.Module]] = {}
-    for path in blocks(backbone):
-        rows.setdefault(path.rpartition(".")[0], []).append(backbone.module(path))
-    found = [row for row in rows.values() if len(row) > 1]
-    if not found:
-        raise SiteError("no two blocks stand side by side here: memory= can be rebuild, keep or checkpoint")
-    return found
-
-
-def blocks(backbone: Backbone) -> list[str]:
-    """Paths of the outermost blocks.
-
-    Raises:
-        SiteError: there are none.
-    """
-    found = [path for path in dict.fromkeys(s.path for s in backbone.sites() if s.kind in ("block", "branch"))]
-    outer = [p for p in found if not any(p != q and p.startswith(f"{q}.") for q in found)]
-    if not outer:
+    if tuner.memory not in ("checkpoint", "reversible"):
+        return
+    rows = _rows(tuner)
+    if not rows:
         raise SiteError(
-            "no blocks are known of this model, so memory= can only be rebuild or keep; if the model has checkpointing "
-            "of its own, switch that on"
+            f"memory={tuner.memory!r}: no blocks are known where {tuner.name!r} acts, so rebuild and keep are left; if "
+            "the model has checkpointing of its own, switch that on"
         )
-    return outer
+    if tuner.memory == "checkpoint":
+        for block in (block for row in rows for block in row):
+            put(block, CheckpointSite)
+        return
+    if not any(len(row) > 1 for row in rows):
+        raise SiteError("memory='reversible': no two blocks stand side by side where the tuner acts: use checkpoint")
+    for row in (row for row in rows if len(row) > 1):
+        chain = Chain()
+        for block in row:
+            place = "first" if block is row[0] else "last" if block is row[-1] else "middle"
+            put(block, ReversibleSite).chain = chain, place
+
+
+def _rows(tuner: Tuner) -> list[list[nn.Module]]:
+    """The outermost blocks by the container where they stand; of containers without anything of the tuner's none."""
+    backbone = tuner.backbone
+    found = list(dict.fromkeys(s.path for s in backbone.sites() if s.kind in ("block", "branch")))
+    rows: dict[str, list[str]] = {}
+    for path in (p for p in found if not any(p != q and p.startswith(f"{q}.") for q in found)):
+        rows.setdefault(path.rpartition(".")[0], []).append(path)
+    own = {site.path for site in tuner.sites} | {path for path, _ in tuner.in_place}
+    return [[backbone.module(p) for p in row] for row in rows.values() if any(inside(path, row) for path in own)]
 
 
 def set_route(held: binding.Holder, route: str) -> None:
@@ -92,8 +89,24 @@ class CheckpointSite(binding.Mixin):
     layer = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        users = self.peft.users
-        acts = any(CheckpointSite in users[name] for name in self.peft.active if name in users)
-        if not (acts and torch.is_grad_enabled()):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)  # type: ignore[misc]
+        acts, inner = CheckpointSite.__name__ in self.peft.levers, super().forward  # type: ignore[misc]
+        if not (acts and torch.is_grad_enabled()) or peek_interpreter_stack() is not None:
+            return inner(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return checkpoint(inner, *args, use_reentrant=False, **kwargs)
+        before = _acting(self)  # type: ignore[arg-type]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if _acting(self) != before:  # type: ignore[arg-type]
+                raise VisionPEFTError(
+                    'memory="checkpoint": adapters were switched or scaled between forward and backward, and backward '
+                    "runs the blocks again"
+                )
+            return inner(*args, **kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+def _acting(block: nn.Module) -> list[tuple[int, float]]:
+    """Who acts in a block, and how strongly."""
+    return [(id(a), a.strength) for _, _, held in binding.holders(block) for a in held.now or ()]

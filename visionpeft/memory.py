@@ -190,18 +190,22 @@ _KINDS: dict[str, Callable[[Any], Recipe | None]] = {
 }
 
 
-def live_bytes(fn: Callable[[], Any]) -> int:
+def live_bytes(fn: Callable[[], Any], device: str | torch.device | None = None) -> int:
     """Bytes that `fn()` allocates and that are still alive while its result is: the result and the graph behind it.
 
     Counted by the allocator, so that rebuilding is measured as it runs (saved-tensor hooks would switch it off).
-    CUDA memory if the current device is in use, else CPU memory.
+
+    Args:
+        device: whose memory; by default that of the current CUDA device if it is in use, else of the CPU.
     """
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.memory_allocated():
-        before = torch.cuda.memory_allocated()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and torch.cuda.memory_allocated() else "cpu"
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
         result = fn()
         gc.collect()
-        alive = torch.cuda.memory_allocated() - before
+        alive = torch.cuda.memory_allocated(device) - before
     else:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of every start and stop otherwise
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -10,7 +10,9 @@ every state comes back to the bit. These bits, for each element and block, are a
 
 The adapted model differs from the pre-trained one at the start, in evaluation as in training; the file says so and
 `vp.load` restores it. It does not merge. One backward a forward. Host code may look at what a block gives, but must
-hand the very same tensor to the next. Compiled, it computes the same in plain torch and keeps what that keeps.
+hand the very same tensor to the next. A state that does not come back (weights written or adapters switched between
+forward and backward, a kernel that gives other bits the second time) is an error, never a wrong gradient. Compiled, it
+computes the same in plain torch and keeps what that keeps.
 """
 
 from __future__ import annotations
@@ -19,51 +21,68 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from visionpeft import lowrank
-from visionpeft.binding import Mixin
+from visionpeft import binding, lowrank
 from visionpeft.errors import VisionPEFTError
 
 BITS = 6
 LAMBDA = 2.0**-BITS
 _UNIT = 2.0**-40  # of the whole numbers: finer than single precision for all above 1e-5
 _MOST = 2.0**21  # states beyond become NaN, as an overflow should
+_PACKED = 63 // BITS  # blocks whose bits share a number
 
 
 class Chain:
-    """Blocks of one width that follow one another; between the first and the last of them it holds the stream."""
+    """Blocks of one width that follow one another; from the first to the last of them it holds what the next one needs.
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    Attributes:
+        stream: the two states.
+        last, given: h[n - 1] and h[n] as tensors of the graph.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.stream: Stream | None = None
-        self.last: Any = None  # h[n - 1] while compiled
+        self.last: Any = None
+        self.given: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"length": self.length, "stream": None, "last": None}
+        return {"stream": None, "last": None, "given": None}
 
 
 class Stream:
     """The two states of one forward, as whole numbers, with what undoing needs.
 
+    The graph holds it, so it holds no tensor of the graph.
+
     Attributes:
         at: number of blocks behind the states; `before` and `now` are h[at - 1] and h[at], int64.
-        last, given: h[at - 1] and h[at] as tensors of the graph, until the last block.
-        lost: bits that the product with LAMBDA dropped, packed; calls: block, arguments and random state of each.
+        calls: those that can be undone; lost: the bits that the product with LAMBDA dropped, packed.
     """
 
     def __init__(self, x: Tensor) -> None:
         self.at = 0
         self.before = self.now = _whole(x)
-        self.last = self.given = x
         self.dtype = x.dtype
-        self.lost: list[Tensor] = []
         self.calls: list[Call] = []
+        self.lost: list[Tensor] = []
 
-    def do(self, y: Tensor, keep: bool) -> Tensor:
-        """Go on by what a block gave, y = F(h); returns h[at + 1]."""
-        if keep:
+    def enter(self, x: Tensor) -> Tensor:
+        """h[at] as the block is given it: x, but in whole numbers, and NaN where x is no number."""
+        return torch.where(x.detach().abs() < _MOST, self.state(self.now), torch.nan)
+
+    def do(self, y: Tensor, call: Call | None) -> Tensor:
+        """Go on by what a block gave, y = F(h); returns h[at + 1]. Without a call there is no way back."""
+        if y.shape != self.now.shape:
+            raise VisionPEFTError(f'memory="reversible": a block makes {tuple(y.shape)} of {tuple(self.now.shape)}')
+        if call is not None:
+            call.total = self.before.sum()
             self._push(self.before & (2**BITS - 1))
+            self.calls.append(call)
         self.before, self.now = self.now, _whole(y) + (self.before >> BITS)
         self.at += 1
         good = (y.abs() < _MOST) & (self.now.abs() < _MOST / _UNIT)
@@ -71,24 +90,31 @@ class Stream:
 
     def undo(self) -> tuple[Tensor, Tensor]:
         """Back by one block; returns its input, a leaf, and what it gave, with the graph between them."""
+        call = self.calls.pop()
         x = self.state(self.before).requires_grad_()
-        y = self.calls.pop().again(x)
+        y = call.again(x)
         self.before, self.now = ((self.now - _whole(y)) << BITS) | self._pop(), self.before
         self.at -= 1
+        if not torch.equal(self.before.sum(), call.total):
+            raise VisionPEFTError(
+                f'memory="reversible": block {self.at} gave other numbers in backward than in forward. Were weights '
+                "written, or adapters switched or scaled in between? (Or numbers overflowed, or a kernel is not "
+                "deterministic: torch.use_deterministic_algorithms)"
+            )
         return x, y
 
     def state(self, whole: Tensor) -> Tensor:
         return (whole.double() * _UNIT).to(self.dtype)
 
     def _push(self, bits: Tensor) -> None:
-        if self.at % (63 // BITS):
+        if len(self.calls) % _PACKED:
             self.lost[-1] = (self.lost[-1] << BITS) | bits
         else:
             self.lost.append(bits)
 
     def _pop(self) -> Tensor:
         bits = self.lost[-1] & (2**BITS - 1)
-        if (self.at - 1) % (63 // BITS):
+        if len(self.calls) % _PACKED:
             self.lost[-1] = self.lost[-1] >> BITS
         else:
             self.lost.pop()
@@ -100,78 +126,89 @@ def _whole(x: Tensor) -> Tensor:
 
 
 class Call:
-    """One block's call, which can be repeated exactly: random numbers, autocast."""
+    """One block's call, which can be repeated exactly: random numbers, autocast, the tensors that learn."""
 
-    def __init__(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> None:
-        self.forward, self.args, self.kwargs = forward, args, kwargs
+    total: Tensor
+
+    def __init__(
+        self, block: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> None:
+        self.block, self.forward, self.args, self.kwargs = block, forward, args, kwargs
+        self.kind = x.device.type
         self.random = torch.get_rng_state()
         self.devices, self.states = get_device_states(x)
-        self.kind = x.device.type
         self.autocast = torch.is_autocast_enabled(self.kind), torch.get_autocast_dtype(self.kind)
+        self.learning = _learning(block)
 
-    @torch.enable_grad()  # the same kernels, and so the same bits, every time
-    def __call__(self, x: Tensor) -> Tensor:
+    @torch.enable_grad()  # the same kernels, and so the same bits, as when it is repeated
+    def first(self, x: Tensor) -> Tensor:
+        return self.forward(x.requires_grad_(), *self.args, **self.kwargs).detach()  # type: ignore[no-any-return]
+
+    @torch.enable_grad()
+    def again(self, x: Tensor) -> Tensor:
+        if list(map(id, _learning(self.block))) != list(map(id, self.learning)):
+            raise VisionPEFTError(
+                'memory="reversible": other tensors learn now than in forward (another adapter is active, or '
+                'functional_call lent them). Use memory="rebuild" for that'
+            )
         on, dtype = self.autocast
-        with torch.autocast(self.kind, dtype, enabled=on):
+        with torch.random.fork_rng(self.devices, device_type=self.kind), torch.autocast(self.kind, dtype, enabled=on):
+            torch.set_rng_state(self.random)
+            set_device_states(self.devices, self.states, device_type=self.kind)
             return self.forward(x, *self.args, **self.kwargs)  # type: ignore[no-any-return]
 
-    def again(self, x: Tensor) -> Tensor:
-        with torch.random.fork_rng(self.devices, device_type=self.kind):
-            torch.set_rng_state(self.random)
-            set_device_states(self.devices, self.states)
-            return self(x)
 
-
-class ReversibleSite(Mixin):
+class ReversibleSite(binding.Mixin):
     layer = 0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        held = self.peft
-        if not any(ReversibleSite in held.users.get(name, ()) for name in held.active):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        chain, index = held.chain
+        held, inner = self.peft, super().forward  # type: ignore[misc]
+        if ReversibleSite.__name__ not in held.levers:
+            return inner(x, *args, **kwargs)  # type: ignore[no-any-return]
+        chain, place = held.chain
         if lowrank.is_traced(x):
-            return self._plain(chain, index, x, super().forward(x, *args, **kwargs))  # type: ignore[misc]
-        stream = self._stream(chain, index, x)
-        if any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
+            return _plain(chain, place, x, inner(x, *args, **kwargs))
+        if not torch.is_grad_enabled():
+            binding.refuse_reentrant()
+        if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs))):
             raise VisionPEFTError('memory="reversible": a block was given another tensor that needs a gradient')
-        try:
-            y = _step(stream, Call(super().forward, args, kwargs, x), _learning(self))
-        except BaseException:
-            chain.stream = None
-            raise
-        if index < chain.length - 1:
-            return y
-        chain.stream = None
-        return (y + stream.last) / 2
-
-    def _plain(self, chain: Chain, index: int, x: Tensor, y: Tensor) -> Tensor:
-        y = y + LAMBDA * (chain.last if index else x)
-        chain.last = x if index < chain.length - 1 else None
-        return y if index < chain.length - 1 else (y + x) / 2
-
-    def _stream(self, chain: Chain, index: int, x: Tensor) -> Stream:
-        if index == 0:
-            chain.stream = Stream(x)
-        stream = chain.stream
-        if stream is None or stream.at != index or stream.given is not x:
-            chain.stream = None
+        if place == "first":
+            chain.stream, chain.last, chain.given = Stream(x), x, x
+        if chain.given is not x:
+            chain.clear()
             raise VisionPEFTError(
                 'memory="reversible": the model does something between its blocks, or calls them out of turn; use '
                 'memory="checkpoint"'
             )
-        return stream
+        try:
+            y = _step(chain, self, inner, args, kwargs)  # type: ignore[arg-type]
+        except BaseException:
+            chain.clear()
+            raise
+        chain.last, chain.given = x, y
+        if place == "last":
+            chain.clear()
+            return (y + x) / 2
+        return y
 
 
-def _step(stream: Stream, call: Call, params: list[Tensor]) -> Tensor:
-    last, x = stream.last, stream.given
+def _plain(chain: Chain, place: str, x: Tensor, y: Tensor) -> Tensor:
+    """The formula where every step must be seen."""
+    y = y + LAMBDA * (x if place == "first" else chain.last)
+    chain.last = None if place == "last" else x
+    return (y + x) / 2 if place == "last" else y
+
+
+def _step(chain: Chain, block: nn.Module, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    stream, last, x = chain.stream, chain.last, chain.given
+    assert stream is not None
     if torch.is_grad_enabled():
-        stream.calls.append(call)
-        y: Tensor = _Block.apply(stream, last, x, *params)
-    else:
-        y = stream.do(call(stream.state(stream.now)).detach(), keep=False)
-    stream.last, stream.given = x, y
-    return y
+        call = Call(block, inner, args, kwargs, x)
+        return _Block.apply(stream, call, last, x, *call.learning)  # type: ignore[no-any-return]
+    if stream.calls:  # blocks before it can be undone only if it can
+        call = Call(block, inner, args, kwargs, x)
+        return stream.do(call.first(stream.enter(x)), call)
+    return stream.do(inner(stream.enter(x), *args, **kwargs), None)
 
 
 def _learning(block: nn.Module) -> list[Tensor]:
@@ -185,9 +222,9 @@ class _Block(torch.autograd.Function):
     """(h[n-1], h[n]) -> h[n+1]; keeps the stream alone."""
 
     @staticmethod
-    def forward(ctx: Any, stream: Stream, last: Tensor, x: Tensor, *params: Tensor) -> Tensor:
-        ctx.stream, ctx.index, ctx.params = stream, stream.at, params
-        return stream.do(stream.calls[-1](stream.state(stream.now)).detach(), keep=True)
+    def forward(ctx: Any, stream: Stream, call: Call, last: Tensor, x: Tensor, *params: Tensor) -> Tensor:
+        ctx.stream, ctx.index = stream, stream.at
+        return stream.do(call.first(stream.enter(x)), call)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -198,8 +235,12 @@ class _Block(torch.autograd.Function):
             raise VisionPEFTError('memory="reversible": a second backward through the same forward')
         while stream.at > ctx.index + 1:  # blocks that no gradient came through
             stream.undo()
+        learning = stream.calls[-1].learning
         x, y = stream.undo()
-        wanted = [p for p, needed in zip(ctx.params, ctx.needs_input_grad[3:], strict=True) if needed]
+        needed = ctx.needs_input_grad[4:]
+        wanted = [p for p, n in zip(learning, needed, strict=True) if n]
         dx, *found = torch.autograd.grad(y, [x, *wanted], dy.to(y.dtype), allow_unused=True)
         grads = iter(found)
-        return None, dy * LAMBDA, dx, *[next(grads) if n else None for n in ctx.needs_input_grad[3:]]
+        if not stream.calls:
+            stream.before = stream.now = dy.new_empty(0)
+        return None, None, dy * LAMBDA, dx, *[next(grads) if n else None for n in needed]

@@ -25,10 +25,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from visionpeft import attaching, backbones
+from visionpeft import attaching, backbones, levers
 from visionpeft.adapter import Adapter
 from visionpeft.errors import AdapterFileError
 from visionpeft.methods import ALLOCATED, METHODS
+from visionpeft.reversible import BITS
 from visionpeft.sites import Backbone, Site
 from visionpeft.tuner import Tuner
 
@@ -62,7 +63,7 @@ def save(tuner: Tuner, path: str | Path, metadata: dict[str, Any]) -> None:
         "method": tuner.method.key,
         "fields": tuner.method.hyper_parameters(),
         "scale": tuner.scale,
-        **({"memory": tuner.memory} if tuner.memory == "reversible" else {}),  # it changes what the model computes
+        **({"memory": "reversible", "bits": BITS} if tuner.memory == "reversible" else {}),  # it is part of the model
         "sites": [_site_entry(site, adapter, enter) for site, adapter in tuner.adapters.items()],
         "tensors": [
             {
@@ -180,18 +181,21 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 @torch.inference_mode(False)
-def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool = True) -> Tuner:
+def load(model: Any, path: str | Path, name: str | None = None, *, memory: str = "rebuild",
+         probe: bool = True) -> Tuner:  # fmt: skip
     """Attach the adapter in a file and fill it; it acts at once, and brings its own classifier if it has one.
 
     A file of a component alone (a UNet) loads into the pipeline, and one of a pipeline's component into that.
 
     Args:
         name: what to call it in the model; the file's stem by default.
+        memory: what to keep for backward, see `visionpeft.levers`; a file of a reversible model says so itself.
         probe: whether to look for dead adapters at once.
 
     Raises:
         AdapterFileError: a damaged or foreign file, or one for another model, with the first differing sites.
     """
+    levers.check(memory)
     header = read_header(path)
     backbone = Backbone(model)
     name = name or Path(path).stem.replace(".", "_")
@@ -199,13 +203,24 @@ def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool =
     tensors = _tensors(path)
     try:
         header = _placed(header, backbone)
-        tuner, built, values, trained, scale = _interpret(header, tensors, backbone, name, path)
+        tuner, built, values, trained, scale = _interpret(header, tensors, backbone, name, path, memory)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise AdapterFileError(f"{path}: the header is damaged: {type(error).__name__}: {error}") from error
     attaching.bind(tuner, built, values, trained, probe=probe, values=values)
     if scale != 1:
         tuner.scale = scale
     return tuner
+
+
+def _memory(header: dict[str, Any], wanted: str, path: str | Path) -> str:
+    """What the file was trained with where that is part of the model, else what is wanted."""
+    if "memory" not in header and wanted != "reversible":
+        return wanted
+    if (header.get("memory"), header.get("bits")) == ("reversible", BITS):
+        return "reversible"
+    if "memory" in header:
+        raise AdapterFileError(f"{path}: trained with memory={header['memory']!r}, which this version does not know")
+    raise AdapterFileError(f"{path}: trained without memory='reversible', which would change what it computes")
 
 
 def _placed(header: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
@@ -239,7 +254,7 @@ Interpreted = tuple[Tuner, dict[Site, Adapter], dict[tuple[str, str], Tensor], l
 
 
 def _interpret(
-    header: dict[str, Any], tensors: dict[str, Tensor], backbone: Backbone, name: str, path: str | Path
+    header: dict[str, Any], tensors: dict[str, Tensor], backbone: Backbone, name: str, path: str | Path, memory: str
 ) -> Interpreted:
     """Filled adapters and the model's own tensors that a file describes; nothing is attached yet."""
     method = _method(header, path)
@@ -252,7 +267,7 @@ def _interpret(
     values = {key: tensors[e["key"]] for key, e in entries.items()}
     sites = sites + [Site(*key, "", "tensor", tuple(values[key].shape)) for key, e in entries.items() if e["site"]]
     trained = [key for key, e in entries.items() if e["train"]]
-    tuner = Tuner(backbone, method, name, sites, header.get("memory", "rebuild"))
+    tuner = Tuner(backbone, method, name, sites, _memory(header, memory, path))
     return tuner, built, values, trained, float(header["scale"])
 
 

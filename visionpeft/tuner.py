@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from visionpeft import activation, binding, levers
+from visionpeft import activation, binding
 from visionpeft.adapter import Adapter, Method
 from visionpeft.errors import VisionPEFTError
 from visionpeft.sites import Backbone, Site
@@ -148,7 +148,9 @@ class Tuner:
             raise VisionPEFTError(f"{self.name!r}: a scale must be a finite number, not {value}")
         acts = ("arguments", "before", "after")
         whole = next((a for a in self.adapters.values() if a.whole or any(map(a.overrides, acts))), None)
-        if value != 1 and (whole is not None or self.memory == "reversible"):
+        if value != 1 and self.memory == "reversible":
+            raise VisionPEFTError(f"{self.name!r}: memory=\"reversible\" acts wholly or not at all: no scale {value}")
+        if value != 1 and whole is not None:
             raise VisionPEFTError(f"{type(self.method).__name__} acts wholly or not at all: it has no scale {value}")
 
     def set_strength(self, value: float) -> None:
@@ -162,13 +164,14 @@ class Tuner:
 
         One setting for the whole model, other adapters included: they share the function.
         """
-        return all(held.route != "plain" for held in self._holders())
+        found = activation.registry(self.backbone)
+        return found is None or found.fused
 
     @fused.setter
     def fused(self, value: bool) -> None:
-        route = "plain" if not value else "keep" if self.memory == "keep" else "rebuild"
-        for held in self._holders():
-            levers.set_route(held, route)
+        if (found := activation.registry(self.backbone)) is not None:
+            found.fused = value
+            activation.refresh(self.backbone)
 
     def _holders(self) -> Iterator[binding.Holder]:
         for root in self.backbone.roots.values():

@@ -20,7 +20,7 @@ def vit() -> torch.nn.Module:
 
 
 def test_what_can_be_rebuilt_costs_nothing_and_what_is_kept_is_counted():
-    """The input of attn.proj is kept by attention, all others are rebuilt; with memory="keep" each Linear keeps its x."""
+    """The input of attn.proj is kept by attention, all others are rebuilt; with "keep" each Linear keeps its x."""
     model = vit().train()
     tuner = vp.attach(model, vp.LoRA(rank=4, targets="linear", exclude="head*"), memory="rebuild")
     report = tuner.memory_report(X)

@@ -122,3 +122,48 @@ def test_reentrant_checkpointing_is_refused():
     with torch.no_grad():
         block(tokens)  # evaluation in train mode is nobody's mistake
     checkpoint(block, tokens, use_reentrant=False).sum().backward()
+    with tuner.disabled():
+        checkpoint(block, tokens, use_reentrant=True)  # nothing could learn
+
+
+def test_switching_between_forward_and_backward_is_an_error_where_blocks_run_again():
+    model, tuner = attached("checkpoint")
+    y = model(X).sum()
+    tuner.scale = 0.5
+    with pytest.raises(VisionPEFTError, match="switched or scaled between"):
+        y.backward()
+
+
+def test_keeping_lasts_as_long_as_its_tuner_and_a_failure_leaves_no_trace():
+    model, tuner = attached("keep")
+    tuner.fused = False
+    with pytest.raises(SiteError):
+        vp.attach(model, vp.LoRA(targets="nothing"), name="b")
+    assert not tuner.fused
+    tuner.fused = True
+    other = vp.attach(model, vp.LoRA(), name="b", probe=False)
+    other.detach()
+    routes = {held.route for _, _, held in binding.holders(model)}
+    assert routes == {"keep"}
+    tuner.detach()
+    vp.attach(model, "lora", train="head")
+    assert {held.route for _, _, held in binding.holders(model)} == {"rebuild"}
+
+
+def test_one_adapter_per_sample_cannot_be_run_again():
+    model, tuner = attached("checkpoint")
+    vp.activate(model, ["default", None, "default", None])
+    with pytest.raises(VisionPEFTError, match="which sample is whose"):
+        model(X)
+    with torch.no_grad():
+        assert model(X).shape == (4, 5)
+
+
+def test_replicas_of_data_parallel_act_through_their_own_adapters():
+    model, tuner = attached("rebuild")
+    held = binding.holder(model.blocks[0].attn.qkv)
+    replica = held._replicate_for_data_parallel()
+    replica._modules["default"] = copy.deepcopy(held._modules["default"])
+    (found,) = replica.acting()
+    (own,) = held.acting()
+    assert found in list(replica._modules["default"].children()) and found is not own

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import visionpeft as vp
 from visionpeft import reversible
@@ -59,19 +61,98 @@ def test_output_and_gradients_against_the_formula_in_double_precision():
 
 def test_every_state_comes_back_to_the_bit(monkeypatch):
     """At depth 24 floating point would be off by 64 ** 24."""
-    streams = []
-    start = reversible.Stream.__init__
+    states: list[torch.Tensor] = []
+    do, undo = reversible.Stream.do, reversible.Stream.undo
 
-    def noted(stream: reversible.Stream, x: torch.Tensor) -> None:
-        start(stream, x)
-        streams.append((stream, stream.now.clone()))
+    def doing(stream, y, call):
+        states.append(stream.before.clone())
+        return do(stream, y, call)
 
-    monkeypatch.setattr(reversible.Stream, "__init__", noted)
+    def undoing(stream):
+        found = undo(stream)
+        assert torch.equal(stream.before, states.pop())
+        return found
+
+    monkeypatch.setattr(reversible.Stream, "do", doing)
+    monkeypatch.setattr(reversible.Stream, "undo", undoing)
     model, tuner = attached(24)
+    y = model(X)
+    assert len(states) == 24
+    gradients(tuner, y)
+    assert not states
+
+
+def test_nothing_outlives_its_step(monkeypatch):
+    """Also where there was no backward, where the loss is kept, and where the model stopped half-way."""
+    alive: list[weakref.ref] = []
+    start = reversible.Stream.__init__
+    monkeypatch.setattr(reversible.Stream, "__init__", lambda s, x: (alive.append(weakref.ref(s)), start(s, x))[1])
+    model, tuner = attached()
     gradients(tuner, model(X))
-    ((stream, first),) = streams
-    assert stream.at == 0 and not stream.lost and not stream.calls
-    assert torch.equal(stream.now, first) and torch.equal(stream.before, first)
+    model(X)
+    assert [ref() for ref in alive] == [None, None]
+    loss = model(X).sum()
+    loss.backward()
+    assert alive[2]().now.numel() == 0 and not alive[2]().calls
+    model.forward_intermediates(X, indices=[1], stop_early=True)
+    model(X)
+    assert alive[3]() is None
+
+
+def test_what_changes_between_forward_and_backward_is_an_error():
+    model, tuner = attached()
+    y = model(X)
+    with torch.no_grad():
+        next(tuner.parameters()).add_(1)
+    with pytest.raises(VisionPEFTError, match="gave other numbers in backward"):
+        gradients(tuner, y)
+    other = vp.attach(model, vp.LoRA(rank=4), name="other", memory="reversible", probe=False)
+    vp.activate(model, "default")
+    y = model(X)
+    vp.activate(model, "other")
+    with pytest.raises(VisionPEFTError, match=r"other tensors learn now|gave other numbers"):
+        gradients(tuner, y)
+    other.detach()
+    vp.activate(model, "default")
+    y = torch.func.functional_call(model, {n: p.detach().clone().requires_grad_() for n, p in
+                                           model.named_parameters()}, (X,))  # fmt: skip
+    with pytest.raises(VisionPEFTError, match="other tensors learn now"):
+        y.sum().backward()
+
+
+def test_frozen_trunks_and_inference_mode():
+    """Blocks without gradients before and behind those that take them."""
+    model, tuner = attached()
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(X)))
+
+    def run(grad: list[bool]) -> list[torch.Tensor]:
+        h, seen = tokens, []
+        for block, on in zip(model.blocks, grad, strict=True):
+            with torch.set_grad_enabled(on):
+                h = block(h)
+            seen.append(h)
+        return seen
+
+    params = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("blocks.3")]
+    whole = torch.autograd.grad(run([True] * 4)[3].square().sum(), params)
+    late = torch.autograd.grad(run([False, False, False, True])[3].square().sum(), params)
+    assert all(torch.equal(a, b) for a, b in zip(whole, late, strict=True))
+    run([True, True, False, False])[1].square().sum().backward()
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(X), model(X.clone()))
+
+
+def test_only_where_the_tuner_acts():
+    import open_clip
+
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 2}
+    image = {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}
+    model = open_clip.CLIP(16, image, text).eval()
+    tokens, images = torch.randint(1, 31, (2, 8)), torch.randn(2, 3, 16, 16)
+    before = model.encode_text(tokens), model.encode_image(images)
+    vp.attach(model, vp.LoRA(rank=2, tower="image"), memory="reversible", probe=False)
+    torch.testing.assert_close(model.encode_text(tokens), before[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model.encode_image(images), before[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -137,8 +218,12 @@ def test_compiled_and_copied_it_computes_the_same():
     torch.testing.assert_close(compiled(X), y, rtol=1e-4, atol=1e-4)
 
 
-def test_an_overflow_is_seen():
-    model, tuner = attached()
+def test_overflow_and_nan_are_seen():
+    model, tuner = attached(12)
+    x = X.clone()
+    x[0, 0, 0, 0] = torch.nan
+    y = model(x)
+    assert y[0].isnan().all() and not y[1].isnan().any()
     with torch.no_grad():
         model.blocks[1].mlp.fc2.bias[0] = torch.inf
     assert model(X).isnan().any()
@@ -150,6 +235,10 @@ def test_refusals():
         tuner.merge()
     with pytest.raises(VisionPEFTError, match="acts wholly or not at all"):
         tuner.scale = 0.5
+    with pytest.raises(vp.errors.FormatError, match="which no other format"):
+        vp.formats.peft.save(tuner, "nowhere")
+    with pytest.raises(VisionPEFTError, match="use_reentrant=False"):
+        checkpoint(model.blocks, torch.randn(2, 17, 48), use_reentrant=True)
     y = model(X).square().sum()
     y.backward(retain_graph=True)
     with pytest.raises(VisionPEFTError, match="second backward"):
@@ -159,5 +248,5 @@ def test_refusals():
         model(X)
     handle.remove()
     model(X)
-    with pytest.raises(SiteError, match="no two blocks"):
+    with pytest.raises(SiteError, match="no two blocks stand side by side"):
         attached(1)

@@ -62,6 +62,8 @@ def changes(tuner: Tuner, kron: bool = False) -> list[Change]:
     Raises:
         FormatError: something of the adapter is no change of a weight of low rank, or of tensors that learn in place.
     """
+    if tuner.memory == "reversible":
+        raise FormatError(f"{tuner.name!r} was attached with memory='reversible', which no other format can say")
     if tuner.in_place:
         path, name = tuner.in_place[0]
         raise FormatError(
