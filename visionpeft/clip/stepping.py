@@ -53,7 +53,7 @@ class Steps:
             return self.warmup_lr
         return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * step / self.count)) / 2
 
-    def optimiser(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    def optimiser(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)

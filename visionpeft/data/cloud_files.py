@@ -94,7 +94,7 @@ def _array(path: Path) -> np.ndarray:
     if path.suffix.lower() == ".npy":
         return np.load(path, allow_pickle=False)
     loaded = read_npz(path)
-    named = [k for k in ("points", "xyz") if k in loaded] or [k for k in loaded if loaded[k].ndim == 2]
+    named: list[str] = [k for k in ("points", "xyz") if k in loaded] or [k for k in loaded if loaded[k].ndim == 2]
     if not named:
         raise DataError(f"{path}: no array of points among {', '.join(loaded)}")
     return loaded[named[0]]

@@ -73,7 +73,7 @@ def random_toy(rng: np.random.Generator) -> Toy:
         if frozenset((colour, second)) not in _TAKEN:
             break
     shape = (str(rng.choice(names)) for names in (BODIES, EARS, PATTERNS))
-    return Toy(*shape, colour, second, 1 if rng.random() < 0.15 else 2)
+    return Toy(*shape, colour, second, 1 if rng.random() < 0.15 else 2)  # type: ignore[call-arg, arg-type]
 
 
 def scene(rng: np.random.Generator, toys: float = 0.5) -> tuple[Image.Image, str]:
@@ -217,7 +217,7 @@ def _star(size: int, points: int, inner: float, outer: float = 0.36) -> list[tup
 
 def _object(draw: ImageDraw.ImageDraw, name: str, colour: str, size: int) -> None:
     fill = COLOURS[colour]
-    edge = dict(outline=_dark(fill), width=max(1, size // 40))
+    edge: dict[str, Any] = dict(outline=_dark(fill), width=max(1, size // 40))
     if name == "ball":
         draw.ellipse(_box(size, 0.2, 0.2, 0.8, 0.8), fill, **edge)
         draw.ellipse(_box(size, 0.32, 0.28, 0.46, 0.4), tuple((c + 510) // 3 for c in fill))

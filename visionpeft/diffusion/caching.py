@@ -8,6 +8,7 @@ file, so that nothing stale is ever read. Files are written whole or not at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Texts:
         for prompt in dict.fromkeys(prompts):
             if prompt not in self.known:
                 key = _key(prompt.encode().hex(), type(self.family).__name__, self.digest)
-                self.known[prompt] = _cached(self.folder, "texts", key, lambda prompt=prompt: self._encode(prompt))
+                self.known[prompt] = _cached(self.folder, "texts", key, partial(self._encode, prompt))
         found = [self.known[prompt] for prompt in prompts]
         return {name: torch.stack([f[name] for f in found]) for name in found[0]}
 

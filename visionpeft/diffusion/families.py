@@ -49,7 +49,7 @@ class Family:
         return kind
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
         return getattr(self.pipe, self.denoiser_name)
 
     @property
