@@ -32,7 +32,7 @@ from visionpeft.report import page
 from visionpeft.report.personalisation import sheet
 from visionpeft.training import runs
 
-# Chosen on the subject bee, shown on robo.
+# To be chosen on the subject bee once the nano pipeline is trained, and shown on robo.
 METHODS = {"krona:a1=4,a2=16": 5e-3, "lora:rank=4": 2e-3, "difffit": 5e-3}
 DEMO = Config(images="bundled:robo", class_name=scenes.CLASS, prior=48, batch_size=4, steps=400, ema=0.99, min_snr=5.0,
               inference_steps=15, guidance=3.0, schedule="cosine")  # fmt: skip
