@@ -115,9 +115,10 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers of every update: not how many there are, nor what is shown."""
-        beside = ("out", "steps", "preview_every", "previews", "inference_steps", "score_images", "live", "dino",
-                  "dino_checkpoint", "clip_model", "clip_checkpoint", "kohya", "cache",
-                  "checkpoint_seconds")  # fmt: skip
+        beside: tuple[str, ...] = (
+            "out", "steps", "preview_every", "previews", "inference_steps", "score_images", "live", "dino",
+            "dino_checkpoint", "clip_model", "clip_checkpoint", "kohya", "cache", "checkpoint_seconds",
+        )  # fmt: skip
         if self.prior:  # class images are drawn with these
             beside = tuple(name for name in beside if name != "inference_steps")
         return {key: value for key, value in asdict(self).items() if key not in beside}
