@@ -93,7 +93,7 @@ class Fitter:
     def restore(self, tensors: dict[str, Tensor], chosen: dict[str, float], classes: Sequence[str]) -> Fitted:
         """A head, or prompts, from what `fit` gave; other classes than those are not known to it."""
         if self.name == "gda":
-            return self._of_gda(GDA(tensors["v"], tensors["b"], **chosen), classes)
+            return self._of_gda(GDA(tensors["v"], tensors["b"], **chosen), classes)  # type: ignore[arg-type]
         if self.name in ("tip", "tip_f"):
             return self._of_tip(TipAdapter(tensors["keys"], tensors["values"], **chosen), classes)
         if self.name == "linear_probe":

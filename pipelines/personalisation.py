@@ -220,7 +220,8 @@ def _train(config: Config, family: Family, tuner: vp.Tuner, subject: Subject, ex
     result.account = account(config, family, tuner, subject, *examples)
     for line in result.account:
         watch(line)
-    trainer = Trainer(config, family, tuner, *examples, accelerator, config.folder)
+    own, prior = examples
+    trainer = Trainer(config, family, tuner, own, prior, accelerator, config.folder)
     family.train()
     if config.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()

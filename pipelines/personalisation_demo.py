@@ -131,8 +131,11 @@ def demo(watch: Callable[[str], None], status: Callable[[str], None], config: Co
     for text, lr in (METHODS if methods is None else methods).items():
         name = text.partition(":")[0]
         one = replace(config, method=text, lr=lr, out=str(config.folder / name))
-        result = run(one, watch, lambda done, all, loss, name=name: status(f"{name}: {done} of {all} updates"),
-                     pipe=family.pipe)  # fmt: skip
+
+        def tell(done: int, total: int, loss: float, name: str = name) -> None:
+            status(f"{name}: {done} of {total} updates")
+
+        result = run(one, watch, tell, pipe=family.pipe)
         status(f"{name}: drawing after")
         tuner = vp.load(family.pipe, one.folder / "adapter.safetensors", name="shown")
         found[name], pictures[name] = measure(family, jury, subject, token, config)

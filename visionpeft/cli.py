@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from visionpeft.errors import VisionPEFTError, require
 
@@ -189,7 +189,8 @@ def _memory(model: str, method: str, lever: str, batch: int) -> int:
 
     backbone = build(Backbone(model), 10, pretrained=False)
     tuner = vp.attach(backbone, parse_method(method), train="head", memory=lever)
-    print(tuner.memory_report(torch.randn(batch, *backbone.pretrained_cfg["input_size"])))
+    config: Any = backbone.pretrained_cfg
+    print(tuner.memory_report(torch.randn(batch, *config["input_size"])))
     return 0
 
 
