@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,31 +24,41 @@ def raw_pixels(splits: data.Splits) -> tuple[Tensor, list[dict[str, Any]]]:
     """
     if splits.multi_label:
         raise DataError("the raw row is for single-label data")
-    train, val = _pixels(splits.train), _pixels(splits.val)
+    return regression(lambda part: _pixels(getattr(splits, part)), splits, STRENGTHS)
+
+
+def regression(features: Callable[[str], np.ndarray], splits: data.Splits,
+               strengths: Sequence[float]) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Logits [N, C] of the test set, and the validation accuracy of each inverse regularisation C that was tried.
+
+    Args:
+        features: [N, F] of a part of the data, "train", "val", "train_val" or "test"; they are standardised here.
+    """
+    train, val = features("train"), features("val")
     tried = []
-    for strength in STRENGTHS:
+    for strength in strengths:
         correct = _fit(strength, train, splits.train.labels).predict(val) == splits.val.labels
         tried.append({"C": strength, "val_accuracy": float(correct.mean())})
     best = max(tried, key=lambda row: row["val_accuracy"])["C"]
-    model = _fit(best, _pixels(splits.train_val), splits.train_val.labels)
-    return _logits(model, _pixels(splits.test), len(splits.classes)), tried
+    model = _fit(best, features("train_val"), splits.train_val.labels)
+    return _logits(model, features("test"), len(splits.classes)), tried
 
 
-def _fit(strength: float, pixels: np.ndarray, labels: np.ndarray) -> Any:
+def _fit(strength: float, features: np.ndarray, labels: np.ndarray) -> Any:
     linear_model = require("sklearn.linear_model", extra="train")
     pipeline = require("sklearn.pipeline", extra="train")
     scale = require("sklearn.preprocessing", extra="train").StandardScaler()
     # A tighter tolerance changes no prediction that matters, and takes minutes on a thousand classes.
-    regression = linear_model.LogisticRegression(C=strength, max_iter=300, tol=1e-3)
-    return pipeline.make_pipeline(scale, regression).fit(pixels, labels)
+    model = linear_model.LogisticRegression(C=strength, max_iter=300, tol=1e-3)
+    return pipeline.make_pipeline(scale, model).fit(features, labels)
 
 
-def _logits(model: Any, pixels: np.ndarray, classes: int) -> Tensor:
+def _logits(model: Any, features: np.ndarray, classes: int) -> Tensor:
     """Scores [N, C]; classes that never occur in training get a very small one."""
-    scores = torch.from_numpy(model.decision_function(pixels)).float()
+    scores = torch.from_numpy(model.decision_function(features)).float()
     if scores.ndim == 1:  # two classes: the score of the second
         scores = torch.stack([torch.zeros_like(scores), scores], dim=1)
-    logits = torch.full((len(pixels), classes), -1e9)
+    logits = torch.full((len(features), classes), -1e9)
     logits[:, torch.from_numpy(model.classes_)] = scores
     return logits
 

@@ -164,18 +164,23 @@ def _plain_feed(key: tuple[str, str | None, int, int | None], part: str, spec: d
     return make_feed(images, random=False, workers=workers)
 
 
-def finish(result: Result, logits: Tensor, splits: data.Splits) -> list[str]:
-    """Put what the logits [N, C] of the test set are worth into `result`; gives sections of the report."""
+def put_classes(result: Result, logits: Tensor, splits: data.Splits) -> None:
+    """Put what the logits [N, C] of the test set are worth into `result`."""
     scores = score(logits, torch.from_numpy(splits.test.labels), splits.multi_label)
     result.accuracy, result.test_images, result.classes = scores["accuracy"], len(splits.test), list(splits.classes)
     result.metrics |= {f"test_{k}": v for k, v in scores.items() if isinstance(v, float)}
     if splits.multi_label:
-        return []
+        return
     right = logits.argmax(1).numpy() == splits.test.labels
     result.correct = "".join("1" if r else "0" for r in right)
     if len(splits.classes) <= MOST_CLASSES:
         result.confusion = scores["confusion"].tolist()
-    return predictions(result, logits.argmax(1).numpy(), splits)
+
+
+def finish(result: Result, logits: Tensor, splits: data.Splits) -> list[str]:
+    """The same, and sections of the report."""
+    put_classes(result, logits, splits)
+    return [] if splits.multi_label else predictions(result, logits.argmax(1).numpy(), splits)
 
 
 @dataclass

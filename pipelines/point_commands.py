@@ -9,7 +9,7 @@ from typing import Any
 
 from visionpeft.errors import DataError, require
 from visionpeft.pipelines.point_pretraining import Config as Pretraining
-from visionpeft.pipelines.points import NANO, Sweep
+from visionpeft.pipelines.point_settings import NANO, Sweep
 
 _SWEEP = Sweep()
 

@@ -17,8 +17,8 @@ from visionpeft.errors import AdapterFileError, DataError
 from visionpeft.models.point_ops import farthest_points, nearest_points, take
 from visionpeft.pipelines.deploy import Prediction, _prediction, adapter_path
 from visionpeft.pipelines.point_parts import Likeliest
-from visionpeft.pipelines.point_parts import build as build_parts
-from visionpeft.pipelines.points import CloudBackbone, Sampling, build
+from visionpeft.pipelines.point_settings import CloudBackbone, Sampling
+from visionpeft.pipelines.points import build
 from visionpeft.training import runs
 
 
@@ -53,10 +53,8 @@ def restore(run: str | Path, checkpoint: str | None = None) -> DeployedClouds:
     named = CloudBackbone(**metadata["backbone"])
     backbone = named if checkpoint is None else CloudBackbone(named.name, checkpoint, named.groups)
     classes, parts = metadata["classes"], tuple(metadata.get("parts", ()))
-    if parts:
-        model = build_parts(backbone, len(parts), len(classes), pretrained=metadata["pretrained"])
-    else:
-        model = build(backbone, len(classes), pretrained=metadata["pretrained"])
+    sizes = (len(parts), len(classes)) if parts else (len(classes),)
+    model = build(backbone, *sizes, pretrained=metadata["pretrained"])
     tuner = vp.load(model, path)
     owned = tuple(map(tuple, metadata.get("owned", ())))
     return DeployedClouds(model.eval(), tuner, classes, Sampling(**metadata["preprocessing"]), False, parts, owned)

@@ -2,16 +2,15 @@
 
     result = run(Config(model="point_mae", checkpoint="pretrain.pth", data="shapenetpart:FOLDER"))
 
-Settings are those of visionpeft.pipelines.points. The main score is instance mIoU after the last epoch, each point
-getting the likeliest part of its shape's category, as on ShapeNetPart. Two things differ from the official code: clouds
-are tested on their farthest points and not on a random draw, so that a score is always the same, and augmentation is
-that of classification.
+The main score is instance mIoU after the last epoch, each point getting the likeliest part of its shape's category, as
+on ShapeNetPart. Two things differ from the official code: clouds are tested on their farthest points and not on a
+random draw, so that a score is always the same, and augmentation is that of classification.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,18 +20,16 @@ from torch import Tensor, nn
 from visionpeft.data.parts import PartSplits
 from visionpeft.errors import VisionPEFTError, require
 from visionpeft.metrics.parts import part_scores, shape_ious
-from visionpeft.models import point_parts
 from visionpeft.pipelines import points
 from visionpeft.pipelines.methods import method_name
-from visionpeft.pipelines.points import NANO, CloudBackbone, Config, Sampling, Settings, bundled_weights, plain_feed
-from visionpeft.pipelines.recipes import Plan, override
+from visionpeft.pipelines.point_settings import Config, Sampling, Settings
+from visionpeft.pipelines.points import plain_feed
+from visionpeft.pipelines.recipes import Plan
 from visionpeft.pipelines.running import Job
 from visionpeft.pipelines.settings import Result
 from visionpeft.report.clouds import parts_shown
-from visionpeft.training import Recipe, predict_logits
-from visionpeft.training.clouds import check_augmentation
+from visionpeft.training import predict_logits
 from visionpeft.training.dense import DenseLoss
-from visionpeft.training.order import seed_all
 from visionpeft.training.recipe import Criterion
 
 EPOCHS = {"linear": 10, "scratch": 10, "full": 8}
@@ -44,7 +41,7 @@ class VotingError(VisionPEFTError):
 
 
 def plan_for(config: Config) -> Plan:
-    """The recipe of Point-MAE for parts: AdamW 2e-4, cosine, 300 epochs of 16 clouds; what the user named goes over it.
+    """AdamW 2e-4 and batches of 16 clouds, as Point-MAE's for parts.
 
     Raises:
         VotingError: votes are for classification.
@@ -52,30 +49,7 @@ def plan_for(config: Config) -> Plan:
     if config.votes:
         raise VotingError("--votes is for data with one class a cloud: passes draw other points each time")
     method = method_name(config.method)
-    recipe = Recipe(lr=2e-4, weight_decay=0.05, epochs=300, batch_size=16, warmup_epochs=10, min_lr=1e-6, clip=10.0,
-                    schedule="epoch", decay_1d=False, drop_path=0.1, augment="scale_translate", drop_last=True)
-    if config.model == NANO:
-        recipe = replace(recipe, lr=RATES.get(method, 2e-3), epochs=EPOCHS.get(method, 8), warmup_epochs=1,
-                         drop_path=0.0, schedule="update", augment="rotate" if config.data == "bundled-parts" else
-                         "scale_translate")
-    recipe = override(recipe, config.given_recipe())
-    check_augmentation(recipe.augment)
-    return Plan(recipe, {}, config.protocol or "official")
-
-
-def build(backbone: CloudBackbone, parts: int, categories: int, *, pretrained: bool = True, drop_path: float = 0.0,
-          seed: int = 0) -> nn.Module:
-    """The model with a fresh head, all random draws from `seed`.
-
-    Raises:
-        ModelError: pre-trained weights are asked for and none are named.
-    """
-    checkpoint = backbone.checkpoint
-    if pretrained and checkpoint is None:
-        checkpoint = bundled_weights(backbone.name)
-    seed_all(seed)
-    return point_parts.create(backbone.name, parts, categories, checkpoint if pretrained else None,
-                              groups=backbone.groups, drop_path=drop_path)
+    return points.planned(config, 2e-4, 16, RATES.get(method, 2e-3), EPOCHS.get(method, 8))
 
 
 class Likeliest(nn.Module):
@@ -111,8 +85,8 @@ class Cell(points.Cell):
 
     def build(self) -> tuple[nn.Module, Any]:
         config, splits = self.config, self.known
-        model = build(config.backbone, len(splits.parts), len(splits.classes), pretrained=not self.scratch,
-                      drop_path=self.recipe.drop_path, seed=config.seed)
+        model = points.build(config.backbone, len(splits.parts), len(splits.classes), pretrained=not self.scratch,
+                             drop_path=self.recipe.drop_path, seed=config.seed)
         return model, Sampling(config.seen, True)
 
     def criterion(self, part: str) -> Criterion:

@@ -25,16 +25,17 @@ from torch import Tensor, nn
 from visionpeft import data
 from visionpeft.data.clouds import load_clouds
 from visionpeft.data.parts import PartSplits, check_parts, is_parts, load_parts
-from visionpeft.errors import require
 from visionpeft.methods.point_memory import remember
 from visionpeft.methods.pointgst import PointGST, SpectralAdapter, keep_spectra
-from visionpeft.models import point_transformer
+from visionpeft.models import point_parts, point_transformer
 from visionpeft.pipelines.backbone import ModelError
-from visionpeft.pipelines.cell import MOST_CLASSES, BaseCell
+from visionpeft.pipelines.baselines import regression
+from visionpeft.pipelines.cell import BaseCell, put_classes
 from visionpeft.pipelines.methods import method_name
 from visionpeft.pipelines.recipes import Plan, override
+from visionpeft.pipelines.point_settings import NANO, CloudBackbone, Config, Sampling, Settings, Sweep
 from visionpeft.pipelines.running import Job, Outcome, cells, run, sweep
-from visionpeft.pipelines.settings import Common, ManyCells, OneCell, Result
+from visionpeft.pipelines.settings import Result
 from visionpeft.report.clouds import predictions
 from visionpeft.training import Feed, Recipe, predict_logits, score
 from visionpeft.training.clouds import CloudFeed, PartFeed, check_augmentation, drawn_from, ordered
@@ -43,104 +44,27 @@ from visionpeft.training.recipe import Criterion, make_criterion
 
 __all__ = ["JOB", "CloudBackbone", "Config", "Outcome", "Result", "Settings", "Sweep", "cells", "run", "sweep"]
 
-NANO = "nano_point_mae"
 KEPT = 10_000
 """Most clouds whose spectra are kept; of 128 centres each they take 0.9 GB."""
 
 
-@dataclass(frozen=True)
-class Settings(Common):
-    """What point clouds take besides."""
-
-    model: str = NANO
-    """nano_point_mae, point_mae, point_bert, act, recon, pointgpt_s, pointgpt_b or pointgpt_l."""
-    checkpoint: str | None = None
-    """Pre-trained weights: official .pth (opened without unpickling) or .safetensors; the nano model has its own."""
-    data: str = "bundled"
-    """bundled, npz:PATH, folder:PATH, modelnet:PATH, scanobjectnn:obj_bg (obj_only, pb_t50_rs) or
-    fewshot:5way10shot/0; with a part for every point, which are then what is learnt: bundled-parts, parts:PATH or
-    shapenetpart:PATH."""
-    out: str = "runs/points"
-    """Folder for the runs."""
-    augment: str | None = None
-    """scale_translate, rotate (about y), none, which still draws points anew, or fixed, the same points each time."""
-    points: int | None = None
-    """Points of a cloud that the model sees; None is 2,048 for ScanObjectNN and ShapeNetPart, 1,024 for all else."""
-    groups: int | None = None
-    """Tokens of a cloud; None is 128 for 2,048 points and 64 for fewer, and what the nano model was made for."""
-    votes: int = 0
-    """Also score the test set by the mean over so many augmented passes; reported apart."""
-
-    @property
-    def job(self) -> str:  # type: ignore[override]
-        """Whether clouds have one class each or a part for every point, the data say."""
-        return "point_parts" if is_parts(self.data) else "points"
-
-    @property
-    def seen(self) -> int:
-        """Points that the model sees."""
-        return self.points or (2048 if self.data.startswith(("scanobjectnn", "shapenetpart")) else 1024)
-
-    @property
-    def backbone(self) -> CloudBackbone:  # type: ignore[override]
-        own = point_transformer.ARCHITECTURES.get(self.model)
-        fixed = own.groups if own is not None and self.model == NANO else 64 if self.seen < 2048 else 128
-        return CloudBackbone(self.model, self.checkpoint, self.groups or fixed)
-
-
-@dataclass(frozen=True)
-class Config(Settings, OneCell):
-    """One cell."""
-
-    method: str = "pointgst"
-    """A method with its settings, such as pointgst:rank=36; or raw, or scratch."""
-
-
-@dataclass(frozen=True)
-class Sweep(Settings, ManyCells):
-    """Cells over methods and seeds."""
-
-    method: tuple[str, ...] = ("raw", "scratch", "linear", "pointgst", "lora", "full")
-    """Methods, each with its settings; also raw (features by hand), scratch."""
-
-
-@dataclass(frozen=True)
-class CloudBackbone:
-    """How to make a model; travels in the adapter file."""
-
-    name: str
-    checkpoint: str | None
-    groups: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "checkpoint": self.checkpoint, "groups": self.groups}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What happens to a cloud before the model sees it; travels in the adapter file."""
-
-    points: int
-    scaled: bool
-    """Whether it is centred and scaled into the unit sphere."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"points": self.points, "scaled": self.scaled}
-
-
-def build(backbone: CloudBackbone, num_classes: int, *, pretrained: bool = True, drop_path: float = 0.0,
-          seed: int = 0) -> nn.Module:
+def build(backbone: CloudBackbone, num_classes: int, categories: int = 0, *, pretrained: bool = True,
+          drop_path: float = 0.0, seed: int = 0) -> nn.Module:
     """The model with a fresh classifier, all random draws from `seed`.
+
+    Args:
+        num_classes: of clouds; of points where there are categories.
+        categories: of whole clouds, for a model that tells their parts apart.
 
     Raises:
         ModelError: pre-trained weights are asked for and none are named.
     """
-    checkpoint = backbone.checkpoint
-    if pretrained and checkpoint is None:
-        checkpoint = bundled_weights(backbone.name)
+    checkpoint = (backbone.checkpoint or bundled_weights(backbone.name)) if pretrained else None
+    sizes = {"groups": backbone.groups, "drop_path": drop_path}
     seed_all(seed)
-    return point_transformer.create(backbone.name, num_classes, checkpoint if pretrained else None,
-                                    groups=backbone.groups, drop_path=drop_path)
+    if categories:
+        return point_parts.create(backbone.name, num_classes, categories, checkpoint, **sizes)
+    return point_transformer.create(backbone.name, num_classes, checkpoint, **sizes)
 
 
 def bundled_weights(name: str) -> str:
@@ -163,17 +87,26 @@ RATES = {"linear": 5e-3, "scratch": 1e-3, "full": 5e-4, "lora": 3e-3, "pointgst"
 
 
 def plan_for(config: Config) -> Plan:
-    """The recipe of the papers: AdamW 5e-4, cosine, 300 epochs of 32 clouds; what the user named goes over it.
-
-    The bundled data have half a minute a row: few epochs at higher rates.
-    """
+    """AdamW 5e-4 and batches of 32 clouds, as in the papers."""
     method = method_name(config.method)
-    recipe = Recipe(lr=5e-4, weight_decay=0.05, epochs=300, batch_size=32, warmup_epochs=10, min_lr=1e-6, clip=10.0,
-                    schedule="epoch", decay_1d=False, drop_path=0.1, augment="scale_translate", drop_last=True)
+    return planned(config, 5e-4, 32, RATES.get(method, 1e-3), EPOCHS.get(method, 15))
+
+
+def planned(config: Config, lr: float, batch_size: int, nano_lr: float, nano_epochs: int) -> Plan:
+    """Point-MAE's recipe: AdamW, cosine, 300 epochs; what the user named goes over it.
+
+    Args:
+        nano_lr, nano_epochs: for the nano model, whose bundled data have half a minute a row.
+
+    Raises:
+        AugmentError: no such augmentation of clouds.
+    """
+    recipe = Recipe(lr=lr, weight_decay=0.05, epochs=300, batch_size=batch_size, warmup_epochs=10, min_lr=1e-6,
+                    clip=10.0, schedule="epoch", decay_1d=False, drop_path=0.1, augment="scale_translate",
+                    drop_last=True)
     if config.model == NANO:
-        recipe = replace(recipe, lr=RATES.get(method, 1e-3), epochs=EPOCHS.get(method, 15), warmup_epochs=1,
-                         drop_path=0.0, schedule="update", augment="rotate" if config.data == "bundled" else
-                         "scale_translate")
+        recipe = replace(recipe, lr=nano_lr, epochs=nano_epochs, warmup_epochs=1, drop_path=0.0, schedule="update",
+                         augment="rotate" if config.data.startswith("bundled") else "scale_translate")
     recipe = override(recipe, config.given_recipe())
     check_augmentation(recipe.augment)
     return Plan(recipe, {}, config.protocol or "official")
@@ -284,15 +217,9 @@ class _Pass:
 def put_scores(result: Result, logits: Tensor, config: Config, energy: np.ndarray | None = None) -> list[str]:
     """Put what logits [N, C] of the test set are worth into `result`; gives sections of the report."""
     splits = load_splits(config)
-    scores = score(logits, torch.from_numpy(splits.test.labels))
-    result.accuracy, result.test_images, result.classes = scores["accuracy"], len(splits.test), list(splits.classes)
-    result.metrics |= {f"test_{k}": v for k, v in scores.items() if isinstance(v, float)}
-    predicted = logits.argmax(1).numpy()
-    result.correct = "".join("1" if r else "0" for r in predicted == splits.test.labels)
-    if len(splits.classes) <= MOST_CLASSES:
-        result.confusion = scores["confusion"].tolist()
+    put_classes(result, logits, splits)
     clouds = _ordered(config.data, config.root, "test", config.seen).numpy()
-    return predictions(result, predicted, splits, clouds, energy)
+    return predictions(result, logits.argmax(1).numpy(), splits, clouds, energy)
 
 
 @torch.no_grad()
@@ -334,27 +261,11 @@ def features_by_hand(clouds: np.ndarray) -> np.ndarray:
 
 def _raw(config: Config, result: Result) -> list[str]:
     """Logistic regression on features by hand; its strength is chosen on the validation split."""
-    splits = load_splits(config)
-    x = {part: features_by_hand(_ordered(config.data, config.root, part, config.seen).numpy())
-         for part in ("train", "val", "train_val", "test")}
-    tried = []
-    for strength in (0.1, 1.0, 10.0, 100.0):
-        right = _regression(strength, x["train"], splits.train.labels).predict(x["val"]) == splits.val.labels
-        tried.append({"C": strength, "val_accuracy": float(right.mean())})
-    best = max(tried, key=lambda row: row["val_accuracy"])["C"]
-    model = _regression(best, x["train_val"], splits.train_val.labels)
-    logits = torch.full((len(x["test"]), len(splits.classes)), -1e9)
-    logits[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_log_proba(x["test"])).float()
-    result.selection = tried
+    def features(part: str) -> np.ndarray:
+        return features_by_hand(_ordered(config.data, config.root, part, config.seen).numpy())
+
+    logits, result.selection = regression(features, load_splits(config), (0.1, 1.0, 10.0, 100.0))
     return put_scores(result, logits, config)
-
-
-def _regression(strength: float, features: np.ndarray, labels: np.ndarray) -> Any:
-    linear_model = require("sklearn.linear_model", extra="train")
-    pipeline = require("sklearn.pipeline", extra="train")
-    scale = require("sklearn.preprocessing", extra="train").StandardScaler()
-    regression = linear_model.LogisticRegression(C=strength, max_iter=500)
-    return pipeline.make_pipeline(scale, regression).fit(features, labels)
 
 
 def _summary(results: Sequence[Result]) -> tuple[str, list[list[str]]]:

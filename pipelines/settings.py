@@ -18,9 +18,6 @@ BASELINES = ("raw", "scratch")
 class Common:
     """What the cells of any sweep share. None means: as the preset of the data, or the default recipe, says."""
 
-    job: ClassVar[str]
-    """Module of visionpeft.pipelines that does the work."""
-
     model: str = "nano_vit"
     """nano_vit, or any timm name."""
     checkpoint: str | None = None
@@ -62,7 +59,13 @@ class Common:
     """Least time between two resumable checkpoints."""
 
     @property
-    def backbone(self) -> Backbone:
+    def job(self) -> str:
+        """Module of visionpeft.pipelines that does the work."""
+        raise NotImplementedError
+
+    @property
+    def backbone(self) -> Any:
+        """How to make the model: a dataclass with to_dict, which goes into the adapter file."""
         return Backbone(self.model, self.checkpoint, self.img_size)
 
     @property

@@ -1,174 +1,101 @@
 """Speed of CLIP jobs: adapters in both towers against the frozen model and PEFT, bf16 exactness, classifiers.
 
-    python scripts/benchmark_clip.py                      # all; prints a table, writes docs/benchmarks_clip.json
+    python scripts/benchmark_clip.py                      # all; writes docs/benchmarks_clip.{md,json}
     python scripts/benchmark_clip.py --quick              # small models, two rounds: does it all run? no figure counts
-    python scripts/benchmark_clip.py --only attention     # or exactness, classifier, gda
+    python scripts/benchmark_clip.py --only attention     # or exactness, classifier, gda; the other figures stay
 
 attention    LoRA of rank 8 on query, key, value and output of every attention of ViT-B-32, both towers, no dropout:
-             forward and backward at batches 1 and 16. All contenders are alive at once and take turns, step by step;
-             the figure is the median over the rounds of the ratio to the frozen model in the same round, the spread
-             half the distance between the quartiles. "Frozen" lets the gradient through to images and embedded text.
-             Bytes are those alive after the forward pass. Goals: below PEFT at both batches, at most 1.1 times the
-             frozen model at batch 16, bytes at most 1.02.
+             forward and backward at batches 1 and 16, bytes and seconds as in `benchmark.py`. Goals: below PEFT at
+             both batches, at most 1.1 times the frozen model at batch 16, bytes at most 1.02.
 exactness    600 steps of AdamW in bf16: how many frozen tensors changed a bit. Goal: none.
-classifier   zero-shot weights of 40 classes and 80 templates against `open_clip.build_zero_shot_classifier`,
-             paired as above. Goal: as fast.
-gda          closed form from 160,000 features (1,000 classes, 16 shots, 10 views) of 512 dimensions. Goal: 5 s.
-
-Times are CPU seconds of this process on one thread, on CUDA wall seconds; GDA's are wall seconds too.
+classifier   zero-shot weights of 40 classes and 80 templates against `open_clip.build_zero_shot_classifier`, in turns.
+             Goal: as fast.
+gda          closed form from 160,000 features (1,000 classes, 16 shots, 10 views) of 512 dimensions. Goal: 5 s of wall
+             time on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmark import device, known, machine, write_json
+from benchmarks.measure import MIB, Contender, Row, build, ratios, timed
+from benchmarks.models import ATTENTION, SUBJECTS, Subject, clip_model, frozen, ours, peft_lora
+from benchmarks.page import table
 from torch import Tensor, nn
 
 import visionpeft as vp
 from visionpeft.clip.heads import GDA
-from visionpeft.memory import live_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-ATTENTION = "query key value attn_out"
-Row = dict[str, Any]
+CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "frozen": frozen,
+    "LoRA": ours(vp.LoRA(rank=8, targets=ATTENTION)),
+    "PEFT LoRA": peft_lora(8, nn.MultiheadAttention),  # in_proj and, twice, out_proj: its known defect
+}
 
 
-def clip(quick: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """ViT-B-32 with random weights, or a model of two blocks a tower."""
-    from open_clip import create_model
+def small_clip() -> nn.Module:
+    """Two blocks a tower, for --quick."""
     from open_clip.model import CLIP
 
-    torch.manual_seed(0)
-    if not quick:
-        return create_model("ViT-B-32").to(dtype)
     vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
-    text = {"context_length": 16, "vocab_size": 1000, "width": 64, "heads": 2, "layers": 2}
-    return CLIP(32, vision, text).to(dtype)
+    return CLIP(32, vision, {"context_length": 16, "vocab_size": 1000, "width": 64, "heads": 2, "layers": 2})
 
 
-def batch(model: Any, size: int, device: str) -> tuple[Tensor, Tensor]:
-    """Images that take a gradient, and tokens."""
-    weight = next(model.parameters())
-    side = model.visual.image_size[0]
-    images = torch.randn(size, 3, side, side, device=device, dtype=weight.dtype, requires_grad=True)
-    return images, torch.randint(1, 999, (size, model.context_length), device=device)
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    return model.requires_grad_(False)
-
-
-def ours(model: nn.Module) -> nn.Module:
-    vp.attach(frozen(model), vp.LoRA(rank=8, targets=ATTENTION))
-    return model
-
-
-def peft_lora(model: nn.Module) -> nn.Module:
-    """PEFT's LoRA on `nn.MultiheadAttention`, which adapts in_proj and (twice, its known defect) out_proj."""
-    import peft
-
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    return peft.inject_adapter_in_model(peft.LoraConfig(r=8, lora_alpha=8, target_modules=names), model)
-
-
-CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {"frozen": frozen, "LoRA": ours, "PEFT LoRA": peft_lora}
-
-
-class Contender:
-    """A dressed model with its batch."""
-
-    def __init__(self, name: str, quick: bool, size: int, device: str, dtype: torch.dtype = torch.float32) -> None:
-        model: Any = clip(quick, dtype)
-        # Tokens take no gradient: the embedded text stands for them.
-        model.token_embedding.register_forward_hook(lambda m, i, y: y if y.requires_grad else y.requires_grad_())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.model = CONTENDERS[name](model.to(device)).train()
-        self.inputs, self.device = batch(model, size, device), device
-
-    def loss(self) -> Tensor:
-        image, text, *_ = self.model(*self.inputs)
-        return image.float().square().sum() + (image.float() * text.float()).sum()
-
-    def step(self) -> float:
-        """Seconds for forward and backward."""
-        start = self._now()
-        self.loss().backward()
-        seconds = self._now() - start
-        self.model.zero_grad(set_to_none=True)
-        self.inputs[0].grad = None
-        return seconds
-
-    def _now(self) -> float:
-        if self.device == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def live(self) -> int:
-        self.loss()  # what is made once is not counted
-        return live_bytes(self.loss)
-
-
-def available() -> list[str]:
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        print("PEFT is not installed: left out", file=sys.stderr)
-        return [name for name in CONTENDERS if "PEFT" not in name]
-    return list(CONTENDERS)
+def subject(quick: bool, batch: int) -> Subject:
+    make = clip_model(small_clip) if quick else SUBJECTS["clip"].make
+    return Subject("small CLIP" if quick else "ViT-B-32", make, batch, 1.02)
 
 
 def attention(quick: bool, rounds: int, device: str) -> list[Row]:
-    """Paired rows for batches of 1 and 16."""
+    """Rows for batches of 1 and 16, contenders in turns."""
     rows: list[Row] = []
     for size in (1, 16):
-        found = {name: Contender(name, quick, size, device) for name in available()}
+        found = build(subject(quick, size), CONTENDERS, "fp32", device)
         live = {name: contender.live() for name, contender in found.items()}
-        times = [{name: c.step() for name, c in found.items()} for _ in range(rounds + 1)][1:]
+        turns = [{name: c.step() for name, c in found.items()} for _ in range(rounds + 1)][1:]
         for name in found:
-            ratios = sorted(r[name] / r["frozen"] for r in times)
-            rows.append({
-                "case": "attention", "contender": name, "batch": size,
-                "seconds": statistics.median(r[name] for r in times), "ratio": statistics.median(ratios),
-                "spread": (ratios[(3 * len(ratios)) // 4] - ratios[len(ratios) // 4]) / 2,
-                "live_mib": live[name] / 2**20, "live_ratio": live[name] / live["frozen"],
-            })  # fmt: skip
+            ratio, spread = ratios(turns, name, "frozen")
+            seconds = statistics.median(turn[name] for turn in turns)
+            rows.append({"case": "attention", "contender": name, "batch": size, "seconds": seconds, "ratio": ratio,
+                         "spread": spread, "live_mib": live[name] / MIB,
+                         "live_ratio": live[name] / live["frozen"]})  # fmt: skip
     return rows
 
 
 def exactness(quick: bool, steps: int, device: str) -> list[Row]:
     """How many of the frozen tensors differ after `steps` steps in bf16."""
-    rows: list[Row] = []
-    for name in available()[1:]:
-        contender = Contender(name, quick, 1, device, torch.bfloat16)
-        model = contender.model
-        before = {id(p): (n, p.detach().clone()) for n, p in model.named_parameters() if not p.requires_grad}
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        for _ in range(steps):
-            contender.loss().backward()
-            optimiser.step()
-            optimiser.zero_grad()
-        changed = [n for p in model.parameters() if id(p) in before for n, old in [before[id(p)]]
-                   if not torch.equal(p, old)]  # fmt: skip
-        rows.append({"case": "exactness", "contender": name, "steps": steps, "frozen_tensors": len(before),
-                     "changed": len(changed), "first": changed[:1]})  # fmt: skip
-    return rows
+    dresses = {name: dress for name, dress in CONTENDERS.items() if name != "frozen"}
+    return [_drift(name, c, steps) for name, c in build(subject(quick, 1), dresses, "bf16-model", device).items()]
+
+
+def _drift(name: str, contender: Contender, steps: int) -> Row:
+    """By name: PEFT replaces the Parameter objects that it merges into."""
+    model = contender.model
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(steps):
+        image, text, *_ = model(*contender.args)
+        (image.float() * text.float()).sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    after = dict(model.named_parameters())
+    changed = [n for n, old in before.items() if not torch.equal(after[n], old)]
+    return {"case": "exactness", "contender": name, "steps": steps, "frozen_tensors": len(before),
+            "changed": len(changed), "first": changed[:1]}  # fmt: skip
 
 
 def classifier(quick: bool, rounds: int, device: str) -> list[Row]:
-    """Paired seconds of this library's builder and open_clip's, and how far their weights differ."""
+    """Seconds of this library's builder and open_clip's in turns, and how far their weights differ."""
     import open_clip
 
     from visionpeft.clip import read_templates, zero_shot_weights
@@ -176,35 +103,34 @@ def classifier(quick: bool, rounds: int, device: str) -> list[Row]:
     name, classes = ("RN50", 2) if quick else ("ViT-B-32", 40)
     model, tokenizer = open_clip.create_model(name).to(device).eval(), open_clip.get_tokenizer(name)
     names, templates = list(open_clip.IMAGENET_CLASSNAMES[:classes]), read_templates("openai")[: 4 if quick else 80]
+    made: dict[str, Tensor] = {}
+    ways: dict[str, Callable[[], Tensor]] = {
+        "mine": lambda: zero_shot_weights(model, tokenizer, names, templates),
+        "theirs": lambda: open_clip.build_zero_shot_classifier(model, tokenizer, names, templates, device=device),
+    }
 
-    def timed(build: Callable[[], Tensor]) -> tuple[float, Tensor]:
-        start = time.process_time() if device == "cpu" else time.perf_counter()
-        weights = build().cpu()  # waits for a GPU
-        return (time.process_time() if device == "cpu" else time.perf_counter()) - start, weights
+    def run(way: str) -> None:
+        made[way] = ways[way]()
 
-    pairs = [(timed(lambda: zero_shot_weights(model, tokenizer, names, templates)),
-              timed(lambda: open_clip.build_zero_shot_classifier(model, tokenizer, names, templates, device=device)))
-             for _ in range(rounds + 1)][1:]  # fmt: skip
-    ratios = sorted(mine[0] / theirs[0] for mine, theirs in pairs)
-    return [{"case": "classifier", "classes": classes, "templates": len(templates),
-             "seconds": statistics.median(mine[0] for mine, _ in pairs), "ratio": statistics.median(ratios),
-             "spread": (ratios[(3 * len(ratios)) // 4] - ratios[len(ratios) // 4]) / 2,
-             "difference": float((pairs[0][0][1] - pairs[0][1][1]).abs().max())}]  # fmt: skip
+    turns = [{way: timed(lambda way=way: run(way), device) for way in ways} for _ in range(rounds + 1)][1:]
+    ratio, spread = ratios(turns, "mine", "theirs")
+    return [{"case": "classifier", "classes": classes, "templates": len(templates), "ratio": ratio, "spread": spread,
+             "seconds": statistics.median(turn["mine"] for turn in turns),
+             "difference": float((made["mine"] - made["theirs"]).abs().max())}]  # fmt: skip
 
 
 def gda(quick: bool, rounds: int, device: str) -> list[Row]:
-    """Seconds of `GDA.fit` from features; on the CPU."""
+    """Seconds of `GDA.fit` from features; the worst of three."""
     classes, shots, views, width = (50, 4, 2, 64) if quick else (1000, 16, 10, 512)
     torch.manual_seed(0)
     features = F.normalize(torch.randn(classes * shots * views, width), dim=1)
     labels = torch.arange(classes).repeat_interleave(shots * views)
     times = []
-    for _ in range(max(rounds // 2, 1)):
+    for _ in range(3):
         start = time.perf_counter()
         GDA.fit(features, labels, classes)
         times.append(time.perf_counter() - start)
-    return [{"case": "gda", "features": list(features.shape), "classes": classes, "seconds": statistics.median(times),
-             "spread": (max(times) - min(times)) / 2}]  # fmt: skip
+    return [{"case": "gda", "features": list(features.shape), "classes": classes, "seconds": max(times)}]
 
 
 CASES: dict[str, Callable[[bool, int, str], list[Row]]] = {
@@ -234,16 +160,27 @@ def goals(rows: list[Row]) -> list[tuple[str, bool]]:
     return found
 
 
-def machine(device: str) -> dict[str, Any]:
-    import open_clip
-
-    versions = {"torch": torch.__version__, "open_clip": open_clip.__version__, "visionpeft": vp.__version__}
-    if "PEFT LoRA" in available():
-        import peft
-
-        versions["peft"] = peft.__version__
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    return {"device": device, "processor": name, "threads": torch.get_num_threads(), **versions}
+def markdown(found: dict[str, Any]) -> str:
+    """The page; a case that was not measured is not on it."""
+    rows: dict[str, list[Row]] = {case: [r for r in found["rows"] if r["case"] == case] for case in CASES}
+    lines = ["# Speed of CLIP jobs", "", "Made by `python scripts/benchmark_clip.py`, whose head says what is measured.",
+             "", "; ".join(f"{key} {value}" for key, value in found["machine"].items()) + ".", "",
+             *table(["goal", ""], [[told, "reached" if good else "**missed**"] for told, good in goals(found["rows"])]),
+             ""]  # fmt: skip
+    if rows["attention"]:
+        body = [[f"{r['contender']}, batch {r['batch']}", f"{r['seconds']:.3f}",
+                 f"{r['ratio']:.3f} ± {r['spread']:.3f}", f"{r['live_mib']:.0f}", f"{r['live_ratio']:.4f}"]
+                for r in rows["attention"]]  # fmt: skip
+        lines += table(["ViT-B-32, fp32", "step, s", "of frozen", "alive after forward, MiB", "of frozen"], body) + [""]
+    if rows["exactness"]:
+        body = [[r["contender"], str(r["steps"]), str(r["frozen_tensors"]), str(r["changed"])]
+                for r in rows["exactness"]]  # fmt: skip
+        lines += table(["ViT-B-32, bf16, batch 1", "steps", "frozen tensors", "changed"], body) + [""]
+    body = [[f"zero-shot weights, {r['classes']} classes, {r['templates']} templates", f"{r['seconds']:.2f}",
+             f"{r['ratio']:.3f} ± {r['spread']:.3f}", f"{r['difference']:.1e}"] for r in rows["classifier"]]  # fmt: skip
+    if body:
+        lines += table(["ViT-B-32", "s", "of open_clip's time", "largest difference"], body) + [""]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -252,21 +189,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds")
     parser.add_argument("--steps", type=int, default=600, help="bf16 steps of exactness")
     parser.add_argument("--quick", action="store_true", help="small models, two rounds; writes no file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks_clip.json")
+    parser.add_argument("--device", default=device())
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks_clip.md")
     given = parser.parse_args(arguments)
     if given.device == "cpu":
         torch.set_num_threads(1)
-    rows: list[Row] = []
+    here = machine(given.device)
+    found = {"rows": []} if given.quick else {"rows": [], **known(given.out, here)}
+    found["machine"] = here
     for name in given.only:
         count = given.steps if name == "exactness" else 2 if given.quick else given.rounds
-        rows += CASES[name](given.quick, count, given.device)
+        new = CASES[name](given.quick, count, given.device)
+        found["rows"] = [r for r in found["rows"] if r["case"] != name] + new
         if not given.quick:
-            given.out.write_text(json.dumps({"machine": machine(given.device), "rows": rows}, indent=1) + "\n")
-    for row in rows:
-        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    for told, reached in goals(rows):
-        print(f"{'ok' if reached else 'MISSED':6} {told}")
+            given.out.write_text(markdown(found), encoding="utf-8")
+            write_json(found, given.out)
+    print(markdown(found))
     return 0
 
 
