@@ -72,8 +72,8 @@ def random_toy(rng: np.random.Generator) -> Toy:
         colour, second = (str(c) for c in rng.choice(list(COLOURS), 2, replace=False))
         if frozenset((colour, second)) not in _TAKEN:
             break
-    shape = (str(rng.choice(names)) for names in (BODIES, EARS, PATTERNS))
-    return Toy(*shape, colour, second, 1 if rng.random() < 0.15 else 2)  # type: ignore[call-arg, arg-type]
+    body, ears, pattern = (str(rng.choice(names)) for names in (BODIES, EARS, PATTERNS))
+    return Toy(body, ears, pattern, colour, second, 1 if rng.random() < 0.15 else 2)
 
 
 def scene(rng: np.random.Generator, toys: float = 0.5) -> tuple[Image.Image, str]:
@@ -107,11 +107,10 @@ def picture(thing: Toy | tuple[str, str], where: str, rng: np.random.Generator, 
     size = side * OVER
     image = background(where, rng, size)
     layer = Image.new("RGBA", (size, size))
-    draw = ImageDraw.Draw(layer)
     if isinstance(thing, Toy):
-        _toy(draw, thing, size, rng)
+        _toy(layer, thing, rng)
     else:
-        _object(draw, *thing, size)
+        _object(ImageDraw.Draw(layer), *thing, size)
     angle, scale = rng.uniform(-22, 22), rng.uniform(0.8, 1.1)
     dx, dy = rng.uniform(-0.1, 0.1, 2) * size
     centre, c, s = size / 2, math.cos(math.radians(angle)) / scale, math.sin(math.radians(angle)) / scale
@@ -198,7 +197,8 @@ _PLACES = dict(zip(BACKGROUNDS, (_grass, _snow, _beach, _night, _bricks, _chess,
 
 
 def _dark(colour: Colour, by: float = 0.6) -> Colour:
-    return tuple(int(by * c) for c in colour)  # type: ignore[return-value]
+    red, green, blue = colour
+    return int(by * red), int(by * green), int(by * blue)
 
 
 def _polygon(size: int, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -259,7 +259,8 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
 }
 
 
-def _toy(draw: ImageDraw.ImageDraw, toy: Toy, size: int, rng: np.random.Generator) -> None:
+def _toy(layer: Image.Image, toy: Toy, rng: np.random.Generator) -> None:
+    draw, size = ImageDraw.Draw(layer), layer.width
     fill, second = COLOURS[toy.colour], COLOURS[toy.second]
     _limbs(draw, _dark(fill, 0.75), size, rng.uniform(-0.08, 0.08, 2))
     _ears(draw, toy.ears, _dark(fill, 0.75), second, size)
@@ -268,7 +269,7 @@ def _toy(draw: ImageDraw.ImageDraw, toy: Toy, size: int, rng: np.random.Generato
     _body(ImageDraw.Draw(mask), toy.body, 1, size)
     marks = Image.new("RGBA", (size, size))
     _marks(ImageDraw.Draw(marks), toy.pattern, second, size)
-    draw._image.paste(marks, (0, 0), Image.composite(marks.getchannel("A"), Image.new("L", marks.size), mask))
+    layer.paste(marks, (0, 0), Image.composite(marks.getchannel("A"), Image.new("L", marks.size), mask))
     _face(draw, toy.eyes, size)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from visionpeft.data.subjects import Crop, Picture, Size, pixels
@@ -107,15 +109,13 @@ def _key(*texts: str) -> str:
 
 
 def _cached(folder: Path | None, kind: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    from safetensors.torch import load_file, save
-
     if folder is None:
         return make()
     path = folder / kind / f"{key}.safetensors"
     if path.exists():
         try:
             return load_file(path)
-        except Exception as error:
+        except (OSError, SafetensorError) as error:
             raise DataError(f"{path} is no readable cache ({error}); delete it") from error
     found = make()
     with runs.replacing(path) as temporary:

@@ -10,6 +10,7 @@ A vocabulary of the usual size has rare words by accident; this one has five on 
 from __future__ import annotations
 
 import gzip
+from contextlib import nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def _load(parts: dict[str, nn.Module], checkpoint: str | Path | None) -> float:
     from safetensors.torch import load_file
 
     asset = files("visionpeft.assets") / f"{NAME}.safetensors"
-    with as_file(asset) if checkpoint is None else _given(checkpoint) as path:
+    with as_file(asset) if checkpoint is None else nullcontext(Path(checkpoint).expanduser()) as path:
         if not path.is_file():
             raise VisionPEFTError(f"{path} is not there: scripts/build_diffusion_assets.py makes the nano weights")
         tensors = load_file(path)
@@ -146,11 +147,3 @@ def _load(parts: dict[str, nn.Module], checkpoint: str | Path | None) -> float:
     except RuntimeError as error:
         raise VisionPEFTError(f"{checkpoint or asset} does not fit {NAME}: {error}") from error
     return float(tensors["scaling_factor"])
-
-
-def _given(path: str | Path) -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext(Path(path).expanduser())
-
-
