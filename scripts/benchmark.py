@@ -48,6 +48,19 @@ def machine(device: str) -> dict[str, Any]:
     return {"device": device, "processor": name, "threads": torch.get_num_threads(), **versions}
 
 
+def known(file: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """What was measured before on this machine, from the .json beside a page.
+
+    Raises:
+        SystemExit: it was another machine.
+    """
+    old = file.with_suffix(".json")
+    found = json.loads(old.read_text(encoding="utf-8")) if old.exists() else {}
+    if any(found.get("machine", here)[key] != here[key] for key in ("device", "processor")):
+        raise SystemExit(f"{old} holds figures of another machine: choose another --out")
+    return found | {"machine": here}
+
+
 def check() -> int:
     """The deterministic goals, on models small enough for every commit; returns 1 if one is missed."""
     missed = 0
@@ -92,12 +105,7 @@ def main() -> int:
         torch.set_num_threads(1)
     if given.check:
         return check()
-    old = given.out.with_suffix(".json")
-    found = json.loads(old.read_text(encoding="utf-8")) if old.exists() else {}
-    here = machine(given.device)
-    if any(found.get("machine", here)[key] != here[key] for key in ("device", "processor")):
-        parser.error(f"{old} holds figures of another machine: choose another --out")
-    found["machine"] = here
+    found = known(given.out, machine(given.device))
     single = {
         "largest_batches": lambda: measure.largest_batches(given.budget, given.steps, given.device),
         "merged_latency": lambda: measure.merged_latency(3 * given.steps, given.device),

@@ -17,6 +17,7 @@ gda          closed form from 160,000 features (1,000 classes, 16 shots, 10 view
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark import device, known, machine, write_json
+from benchmark import device, known, machine
 from benchmarks.measure import MIB, Contender, Row, build, ratios, timed
 from benchmarks.models import ATTENTION, SUBJECTS, Subject, clip_model, frozen, ours, peft_lora
 from benchmarks.page import table
@@ -195,15 +196,16 @@ def main(arguments: list[str] | None = None) -> int:
     if given.device == "cpu":
         torch.set_num_threads(1)
     here = machine(given.device)
-    found = {"rows": []} if given.quick else {"rows": [], **known(given.out, here)}
-    found["machine"] = here
+    found = {"rows": [], "machine": {"models": "small, no figure counts"} | here}
+    if not given.quick:
+        found |= known(given.out, here) | {"machine": here}
     for name in given.only:
         count = given.steps if name == "exactness" else 2 if given.quick else given.rounds
         new = CASES[name](given.quick, count, given.device)
         found["rows"] = [r for r in found["rows"] if r["case"] != name] + new
         if not given.quick:
             given.out.write_text(markdown(found), encoding="utf-8")
-            write_json(found, given.out)
+            given.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(markdown(found))
     return 0
 

@@ -26,13 +26,17 @@ def timm_model(name: str, size: int, **arguments: Any) -> Callable[[int], tuple[
     return make
 
 
-def clip_model(name: str, **text: Any) -> Callable[[int], tuple[nn.Module, Batch]]:
+def vit_b_32() -> nn.Module:
+    import open_clip
+
+    return open_clip.create_model("ViT-B-32")
+
+
+def clip_model(create: Callable[[], Any]) -> Callable[[int], tuple[nn.Module, Batch]]:
     """Both towers; the gradient reaches the images and, since tokens take none, the embedded text."""
 
     def make(batch: int) -> tuple[nn.Module, Batch]:
-        import open_clip
-
-        model = open_clip.create_model(name)
+        model = create()
         model.token_embedding.register_forward_hook(lambda m, i, y: y if y.requires_grad else y.requires_grad_())
         size, length = model.visual.image_size[0], model.context_length
         images = torch.randn(batch, 3, size, size, requires_grad=True)
@@ -71,7 +75,7 @@ SUBJECTS = {
     "vit_b": Subject("ViT-B/16, 224 px", timm_model("vit_base_patch16_224", 224), 4, 1.01),
     "swin_t": Subject("Swin-T, 224 px", timm_model("swin_tiny_patch4_window7_224", 224), 4, 1.10),
     "convnext_t": Subject("ConvNeXt-T, 224 px", timm_model("convnext_tiny", 224), 4, 1.01),
-    "clip": Subject("open_clip ViT-B-32, both towers", clip_model("ViT-B-32"), 8, 1.01),
+    "clip": Subject("open_clip ViT-B-32, both towers", clip_model(vit_b_32), 8, 1.01),
     "unet": Subject("SD 1.5 UNet, 32 x 32 latents", unet(320, 768, 8), 1, 1.01),
 }
 SMALL = {
@@ -98,11 +102,11 @@ def ours(method: Any, **options: Any) -> Callable[[nn.Module], nn.Module]:
     return dress
 
 
-def peft_lora(rank: int = 8) -> Callable[[nn.Module], nn.Module]:
+def peft_lora(rank: int = 8, kind: type[nn.Module] = nn.Linear) -> Callable[[nn.Module], nn.Module]:
     def dress(model: nn.Module) -> nn.Module:
         import peft
 
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        names = [name for name, module in model.named_modules() if isinstance(module, kind)]
         keep = [n for n in names if not n.endswith(("head", "head.fc"))]
         return peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=keep), model)
 

@@ -27,7 +27,7 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     rule = "|" + "|".join(["---", *["---:"] * (len(header) - 1)]) + "|"
     return ["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
 
@@ -41,7 +41,7 @@ def _contenders(rows: Sequence[Row]) -> list[str]:
             timed = [f"{r['step_seconds']:.3f}", f"{r['step_ratio']:.2f} ± {r['step_spread']:.2f}"]
         flops = [f"{r['gflops']:.1f}", f"{r['flops_ratio']:.3f}"] if "gflops" in r else ["-", "-"]
         body.append([r["contender"], f"{r['live_mib']:.0f}", f"{r['live_ratio']:.3f}", *flops, *timed])
-    return _table(header, body)
+    return table(header, body)
 
 
 def _largest_batches(rows: Sequence[Row]) -> list[str]:
@@ -50,12 +50,12 @@ def _largest_batches(rows: Sequence[Row]) -> list[str]:
     )
     lines = [f"ViT-S/16, 224 px, fp32; {budget}.", ""]
     body = [[r["contender"], f"{r['image_mib']:.1f}", str(r["batch"]), f"{r['images_per_second']:.2f}"] for r in rows]
-    return lines + _table(["", "MiB an image", "largest batch", "images / s at it"], body)
+    return lines + table(["", "MiB an image", "largest batch", "images / s at it"], body)
 
 
 def _merged_latency(rows: Sequence[Row]) -> list[str]:
     body = [[r["contender"], f"{r['ratio']:.3f} ± {r['spread']:.3f}"] for r in rows]
-    return _table(["ViT-S/16, batch 4, no gradients", "of base"], body)
+    return table(["ViT-S/16, batch 4, no gradients", "of base"], body)
 
 
 def _fleets(rows: Sequence[Row]) -> list[str]:
@@ -63,25 +63,25 @@ def _fleets(rows: Sequence[Row]) -> list[str]:
     body = [[str(r["adapters"]), f"{r['load_ms']:.0f}", f"{r['mib']:.2f}", f"{r['switch_ms']:.1f}",
              f"{r['uniform']:.1f}", f"{r['mixed']:.1f}", f"{r['single']:.1f}"] for r in rows]  # fmt: skip
     return ["LoRA of rank 8 on query and value of a ViT-S/16, each with its classifier of 100; batch of 8.", "",
-            *_table(header, body)]  # fmt: skip
+            *table(header, body)]  # fmt: skip
 
 
 def _graphs(rows: Sequence[Row]) -> list[str]:
-    return _table(["change, in turn", "new graphs"], [[r["change"], str(r["new_graphs"])] for r in rows])
+    return table(["change, in turn", "new graphs"], [[r["change"], str(r["new_graphs"])] for r in rows])
 
 
 def _compiled(rows: Sequence[Row]) -> list[str]:
     body = [[r["contender"], "torch's default" if r["banned"] else "False", f"{r['live_mib']:.0f}",
              f"{r['live_ratio']:.3f}"] for r in rows]  # fmt: skip
     setting = "torch._functorch.config.ban_recompute_materialized_backward"
-    return _table(["ViT-S/16, batch 8, fp32", f"`{setting}`", "alive after forward, MiB", "of frozen"], body)
+    return table(["ViT-S/16, batch 8, fp32", f"`{setting}`", "alive after forward, MiB", "of frozen"], body)
 
 
 def _curves(rows: Sequence[Row]) -> list[str]:
     lines = ["![Memory against batch and resolution, time against rank](benchmarks.png)", ""]
     ranks = [r for r in rows if r["axis"] == "rank"]
     body = [[r["contender"], str(r["value"]), f"{r['ratio']:.2f} ± {r['spread']:.2f}"] for r in ranks]
-    return lines + (_table(["ViT-S/16, batch 4", "rank", "step of frozen"], body) if ranks else [])
+    return lines + (table(["ViT-S/16, batch 4", "rank", "step of frozen"], body) if ranks else [])
 
 
 _PARTS = {
