@@ -24,33 +24,31 @@ def raw_pixels(splits: data.Splits) -> tuple[Tensor, list[dict[str, Any]]]:
     """
     if splits.multi_label:
         raise DataError("the raw row is for single-label data")
-    return regression(lambda part: _pixels(getattr(splits, part)), splits, STRENGTHS)
+    # A tighter tolerance changes no prediction that matters, and takes minutes on a thousand classes.
+    return regression(lambda part: _pixels(getattr(splits, part)), splits, STRENGTHS, tol=1e-3, max_iter=300)
 
 
-def regression(features: Callable[[str], np.ndarray], splits: data.Splits,
-               strengths: Sequence[float]) -> tuple[Tensor, list[dict[str, Any]]]:
+def regression(features: Callable[[str], np.ndarray], splits: data.Splits, strengths: Sequence[float], *, tol: float,
+               max_iter: int) -> tuple[Tensor, list[dict[str, Any]]]:
     """Logits [N, C] of the test set, and the validation accuracy of each inverse regularisation C that was tried.
 
     Args:
         features: [N, F] of a part of the data, "train", "val", "train_val" or "test"; they are standardised here.
     """
+    def fit(strength: float, x: np.ndarray, labels: np.ndarray) -> Any:
+        model = linear_model.LogisticRegression(C=strength, max_iter=max_iter, tol=tol)
+        return pipeline.make_pipeline(preprocessing.StandardScaler(), model).fit(x, labels)
+
+    linear_model, pipeline, preprocessing = (
+        require(f"sklearn.{name}", extra="train") for name in ("linear_model", "pipeline", "preprocessing"))
     train, val = features("train"), features("val")
     tried = []
     for strength in strengths:
-        correct = _fit(strength, train, splits.train.labels).predict(val) == splits.val.labels
+        correct = fit(strength, train, splits.train.labels).predict(val) == splits.val.labels
         tried.append({"C": strength, "val_accuracy": float(correct.mean())})
     best = max(tried, key=lambda row: row["val_accuracy"])["C"]
-    model = _fit(best, features("train_val"), splits.train_val.labels)
+    model = fit(best, features("train_val"), splits.train_val.labels)
     return _logits(model, features("test"), len(splits.classes)), tried
-
-
-def _fit(strength: float, features: np.ndarray, labels: np.ndarray) -> Any:
-    linear_model = require("sklearn.linear_model", extra="train")
-    pipeline = require("sklearn.pipeline", extra="train")
-    scale = require("sklearn.preprocessing", extra="train").StandardScaler()
-    # A tighter tolerance changes no prediction that matters, and takes minutes on a thousand classes.
-    model = linear_model.LogisticRegression(C=strength, max_iter=300, tol=1e-3)
-    return pipeline.make_pipeline(scale, model).fit(features, labels)
 
 
 def _logits(model: Any, features: np.ndarray, classes: int) -> Tensor:

@@ -264,7 +264,8 @@ def _raw(config: Config, result: Result) -> list[str]:
     def features(part: str) -> np.ndarray:
         return features_by_hand(_ordered(config.data, config.root, part, config.seen).numpy())
 
-    logits, result.selection = regression(features, load_splits(config), (0.1, 1.0, 10.0, 100.0))
+    logits, result.selection = regression(features, load_splits(config), (0.1, 1.0, 10.0, 100.0), tol=1e-4,
+                                          max_iter=500)
     return put_scores(result, logits, config)
 
 
