@@ -32,8 +32,8 @@ from visionpeft.pipelines.backbone import ModelError
 from visionpeft.pipelines.baselines import regression
 from visionpeft.pipelines.cell import BaseCell, put_classes
 from visionpeft.pipelines.methods import method_name
-from visionpeft.pipelines.recipes import Plan, override
 from visionpeft.pipelines.point_settings import NANO, CloudBackbone, Config, Sampling, Settings, Sweep
+from visionpeft.pipelines.recipes import Plan, override
 from visionpeft.pipelines.running import Job, Outcome, cells, run, sweep
 from visionpeft.pipelines.settings import Result
 from visionpeft.report.clouds import predictions
