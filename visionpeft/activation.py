@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from visionpeft import binding, levers
+from visionpeft import binding
 from visionpeft.adapter import Forgiving
 from visionpeft.errors import VisionPEFTError
 from visionpeft.sites import Backbone
@@ -140,8 +140,7 @@ def refresh(backbone: Backbone) -> None:
     settle(backbone)
     for root in backbone.roots.values():
         for _, module, held in binding.holders(root):
-            held.act(names)
-            levers.set_route(held, route)
+            held.act(names, route)
             held.thawed = thawed or "running_mean" in held.live  # of a classifier that learns
             binding.throw_switches(module, held, names)
             if isinstance(module, binding.FrozenStatistics):

@@ -51,7 +51,8 @@ class Holder(nn.Module):
         aside: originals of tensors that learn in place (by name) or are merged (name of the adapter, dot, name). No
             buffers: DDP would send them, torch.export would want them, and `.to` would make other objects of them.
         hidden: names whose tensors are left out of the state dict (merged ones).
-        route: how Linears compute: "rebuild" or "keep" their input in the fused function, or "plain" torch.
+        route: how Linears and adapters compute: "rebuild" or "keep" their input in the fused function, or plain torch in
+            "plain".
         tap: input of the residual branch that begins here, taps: all that this block must clear.
         thawed: a BatchNorm's statistics may learn, since an adapter that acts wants them to.
         mixed: each sample has its own adapter, and only the root (with `samples` and `backbone`) may say which acts.
@@ -92,11 +93,13 @@ class Holder(nn.Module):
                 self.aside[name] = _moved(tensor, fn)
         return self
 
-    def act(self, names: tuple[str, ...]) -> None:
-        """Say whose adapters act from now on."""
-        self.active = names
+    def act(self, names: tuple[str, ...], route: str | None = None) -> None:
+        """Say whose adapters act from now on, and by which route if that changes."""
+        self.active, self.route = names, route or self.route
         boxes: list[Any] = [self._modules[name] for name in names if name in self._modules]
         self.now = [adapter for box in boxes for adapter in box.values() if adapter.kind]
+        for adapter in self.now:
+            adapter.route = self.route
         self.levers = tuple(sorted({m.__name__ for name in names for m in self.users.get(name, ())}))
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -286,9 +289,20 @@ def throw_switches(module: nn.Module, held: Holder, active: tuple[str, ...]) -> 
         setattr(module, attribute, value if acts else held.saved[attribute])
 
 
+def walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of everything from here on that is not ours, once; a hundred adapters cost nothing."""
+    if id(module) in seen or isinstance(module, Holder):
+        return
+    seen.add(id(module))
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from walk(child, f"{path}.{name}" if path else name, seen)
+
+
 def holders(root: nn.Module) -> Iterator[tuple[str, nn.Module, Holder]]:
-    """Path, module and holder of every module below root that has one."""
-    for path, module in root.named_modules():
+    """Path, module and holder of every module from root on that has one."""
+    for path, module in walk(root, "", set()):
         if (held := holder(module)) is not None:
             yield path, module, held
 

@@ -20,7 +20,6 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils.checkpoint import checkpoint
 
 from visionpeft import binding
-from visionpeft.adapter import Adapter
 from visionpeft.errors import SiteError, VisionPEFTError
 from visionpeft.reversible import Chain, ReversibleSite
 from visionpeft.sites import inside
@@ -73,14 +72,6 @@ def _rows(tuner: Tuner) -> list[list[nn.Module]]:
         rows.setdefault(path.rpartition(".")[0], []).append(path)
     own = {site.path for site in tuner.sites} | {path for path, _ in tuner.in_place}
     return [[backbone.module(p) for p in row] for row in rows.values() if any(inside(path, row) for path in own)]
-
-
-def set_route(held: binding.Holder, route: str) -> None:
-    """How the Linears and adapters here compute: rebuild, keep or plain."""
-    held.route = route
-    for module in held.modules():
-        if isinstance(module, Adapter):
-            module.route = route
 
 
 class CheckpointSite(binding.Mixin):

@@ -119,7 +119,7 @@ class Backbone:
         """Every module of the user's, once; nothing of ours."""
         seen: set[int] = set()  # modules and components may be shared
         for name, root in self.roots.items():
-            yield from _walk(root, name, seen)
+            yield from binding.walk(root, name, seen)
 
     def named_tensors(self, buffers: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
         """(path of the module, module, name) of every parameter, and of every buffer if asked."""
@@ -195,7 +195,7 @@ class Backbone:
         """Words for `targets=` that libraries here know -> paths that they mean."""
         found: dict[str, set[str]] = {}
         for name, root in self.roots.items():
-            modules = dict(_walk(root, name, set()))
+            modules = dict(binding.walk(root, name, set()))
             libs = {id(lib): lib for m in modules.values() if (lib := backbones.library(m)) is not None}
             for lib in libs.values():
                 for word, means in lib.presets.items():
@@ -213,16 +213,6 @@ class Backbone:
         """An input for each of these components for which one can be built."""
         found = {name: backbones.example(self.roots[name]) for name in names}
         return {name: example for name, example in found.items() if example is not None}
-
-
-def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    if id(module) in seen or isinstance(module, binding.Holder):
-        return
-    seen.add(id(module))
-    yield path, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
 def _components(model: Any) -> dict[str, nn.Module]:

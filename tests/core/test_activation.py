@@ -12,6 +12,7 @@ from small import Net, image, vit
 from torch import nn
 
 import visionpeft as vp
+from visionpeft import binding
 
 
 def two() -> tuple[nn.Module, torch.Tensor, vp.Tuner, vp.Tuner]:
@@ -126,3 +127,13 @@ def test_tuners_in_order_of_attaching():
     assert vp.tuners(model) == {"ink": ink}
     with pytest.raises(vp.VisionPEFTError, match="no adapter named cat"):
         vp.activate(model, "cat")
+
+
+def test_adapters_that_rest_are_not_walked_through():
+    """Switching among a hundred is as quick as among two."""
+    model = vit()
+    vp.attach(model, vp.LoRA(rank=2), name="a", probe=False, train="head")
+    before = [path for path, _ in binding.walk(model, "", set())], len(list(binding.holders(model)))
+    assert before[1] == 2 + 1 and "blocks.0.attn.qkv" in before[0]
+    vp.attach(model, vp.LoRA(rank=2), name="b", probe=False)
+    assert before == ([path for path, _ in binding.walk(model, "", set())], len(list(binding.holders(model))))
