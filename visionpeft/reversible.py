@@ -17,6 +17,7 @@ computes the same in plain torch and keeps what that keeps.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class Chain:
 
     Attributes:
         stream: the two states.
-        last, given: h[n - 1] and h[n] as tensors of the graph.
+        last: h[n - 1] as a tensor of the graph.
+        given: h[n] for as long as the host has it; once it is gone, the model has stopped here, and all else goes too.
     """
 
     def __init__(self) -> None:
@@ -47,8 +49,11 @@ class Chain:
 
     def clear(self) -> None:
         self.stream: Stream | None = None
-        self.last: Any = None
-        self.given: Any = None
+        self.last: Tensor | None = None
+        self.given: weakref.ref[Tensor] | None = None
+
+    def hold(self, last: Tensor, given: Tensor) -> None:
+        self.last, self.given = last, weakref.ref(given, lambda _: self.clear())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"stream": None, "last": None, "given": None}
@@ -173,19 +178,20 @@ class ReversibleSite(binding.Mixin):
         if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs))):
             raise VisionPEFTError('memory="reversible": a block was given another tensor that needs a gradient')
         if place == "first":
-            chain.stream, chain.last, chain.given = Stream(x), x, x
-        if chain.given is not x:
+            chain.stream = Stream(x)
+            chain.hold(x, x)
+        if chain.given is None or chain.given() is not x:
             chain.clear()
             raise VisionPEFTError(
                 'memory="reversible": the model does something between its blocks, or calls them out of turn; use '
                 'memory="checkpoint"'
             )
         try:
-            y = _step(chain, self, inner, args, kwargs)  # type: ignore[arg-type]
+            y = _step(chain, self, inner, x, args, kwargs)  # type: ignore[arg-type]
         except BaseException:
             chain.clear()
             raise
-        chain.last, chain.given = x, y
+        chain.hold(x, y)
         if place == "last":
             chain.clear()
             return (y + x) / 2
@@ -199,8 +205,9 @@ def _plain(chain: Chain, place: str, x: Tensor, y: Tensor) -> Tensor:
     return (y + x) / 2 if place == "last" else y
 
 
-def _step(chain: Chain, block: nn.Module, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    stream, last, x = chain.stream, chain.last, chain.given
+def _step(chain: Chain, block: nn.Module, inner: Any, x: Tensor, args: tuple[Any, ...],
+          kwargs: dict[str, Any]) -> Tensor:  # fmt: skip
+    stream, last = chain.stream, chain.last
     assert stream is not None
     if torch.is_grad_enabled():
         call = Call(block, inner, args, kwargs, x)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import visionpeft as vp
+
 
 class Net(nn.Module):
     """x (N, 8) -> (N, 3); no library knows it."""
@@ -53,3 +55,13 @@ def vit(classes: int = 10, **more: object) -> nn.Module:
 
 def image(batch: int = 2, size: int = 32) -> Tensor:
     return torch.randn(batch, 3, size, size)
+
+
+def lora(model: nn.Module, memory: str, **fields: object) -> vp.Tuner:
+    """LoRA on every Linear with the head; all that learns is drawn, the same each time."""
+    tuner = vp.attach(model, vp.LoRA(rank=4, targets="linear", **fields), train="head", memory=memory, probe=False)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in tuner.parameters():
+            p.normal_(0, 0.1, generator=generator)
+    return tuner

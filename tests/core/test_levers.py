@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from small import lora
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,12 +29,7 @@ def vit() -> nn.Module:
 
 def attached(memory: str, **fields) -> tuple[nn.Module, vp.Tuner]:
     model = vit().train()
-    tuner = vp.attach(model, vp.LoRA(rank=4, targets="linear", **fields), train="head", memory=memory, probe=False)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in tuner.parameters():
-            p.normal_(0, 0.1, generator=generator)
-    return model, tuner
+    return model, lora(model, memory, **fields)
 
 
 def gradients(model: nn.Module, tuner: vp.Tuner) -> list[torch.Tensor]:

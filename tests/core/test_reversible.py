@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from small import lora
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,12 +25,7 @@ def attached(depth: int = 4, memory: str = "reversible", **fields) -> tuple[nn.M
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=depth, num_heads=4,
                               num_classes=5).train()  # fmt: skip
-    tuner = vp.attach(model, vp.LoRA(rank=4, targets="linear", **fields), train="head", memory=memory, probe=False)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in tuner.parameters():
-            p.normal_(0, 0.1, generator=generator)
-    return model, tuner
+    return model, lora(model, memory, **fields)
 
 
 def oracle(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -94,8 +90,9 @@ def test_nothing_outlives_its_step(monkeypatch):
     loss = model(X).sum()
     loss.backward()
     assert alive[2]().now.numel() == 0 and not alive[2]().calls
-    model.forward_intermediates(X, indices=[1], stop_early=True)
-    model(X)
+    features = model.forward_intermediates(X, indices=[1], stop_early=True)
+    assert alive[3]() is not None
+    del features
     assert alive[3]() is None
 
 
