@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import visionpeft as vp
 from visionpeft import lowrank
+from visionpeft.adapter import Method
 from visionpeft.memory import live_bytes
 
 SOURCES = ("output", "input", "kept")
@@ -109,7 +110,7 @@ def test_rows_side_by_side_are_one_rescaling():
     assert torch.allclose(y[..., 48:], bare[..., 48:] * v.gamma + v.beta, atol=1e-6)
 
 
-def share(method: vp.SSF) -> float:
+def share(method: Method) -> float:
     """Bytes alive after the forward of two blocks of ViT-S, against the same model where only the classifier learns."""
     alive = []
     for how in ("linear", method):
@@ -126,3 +127,13 @@ def share(method: vp.SSF) -> float:
 def test_bytes_that_ssf_keeps(recompute, most):
     """A z of a block's width is about a tenth of what a block keeps; naively it is twice the frozen model."""
     assert share(vp.SSF(targets="linear norm", recompute=recompute)) <= most
+
+
+@pytest.mark.parametrize("recompute, most", [("attn_out mlp_out", 1.01), ("attn_out", 1.11), ("", 1.21)])
+def test_bytes_that_difffit_keeps(recompute, most):
+    assert share(vp.DiffFit(recompute=recompute)) <= most
+
+
+def test_bytes_that_convpass_keeps():
+    """The bypass reads what the norm gives, and makes it again; its own tensors are 8 wide."""
+    assert share(vp.methods.Convpass(hidden=8)) <= 1.05

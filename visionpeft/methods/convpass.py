@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionpeft import lowrank
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.errors import MethodError, SiteError
 from visionpeft.methods.bottleneck import quick_gelu
@@ -152,7 +153,7 @@ class ConvpassAdapter(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         dtype = x.dtype
-        h = quick_gelu(F.linear(x, self.down_weight.to(dtype), self.down_bias.to(dtype)))
+        h = quick_gelu(lowrank.linear(x, self.down_weight.to(dtype), self.down_bias.to(dtype), [], route=self.route))
         h = quick_gelu(self._convolve(h))
         h = F.dropout(h, self.dropout, self.training)
         h = F.linear(h, self.up_weight.to(dtype), self.up_bias.to(dtype)).to(y.dtype)

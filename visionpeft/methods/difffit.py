@@ -32,6 +32,7 @@ from visionpeft import backbones
 from visionpeft.adapter import Adapter, factory
 from visionpeft.errors import MethodError, SiteError
 from visionpeft.methods.in_place import InPlace
+from visionpeft.methods.ssf import Rescaling, source_of
 from visionpeft.sites import Backbone, Site, choose_among, inside, kind_of
 
 PLACEMENTS: dict[str, dict[str, int]] = {  # role -> how many vectors
@@ -49,6 +50,7 @@ class DiffFit(InPlace):
     Attributes:
         placement: "block", "thuml" or "published", see above.
         tied: the copies that diffusers makes of a DiT's class table and timestep embedding learn as one.
+        recompute: roles whose z, which gamma's gradient needs, is computed again in backward instead of kept, as SSF's.
     """
 
     key: ClassVar[str] = "difffit"
@@ -56,6 +58,7 @@ class DiffFit(InPlace):
 
     placement: str = "block"
     tied: bool = True
+    recompute: str = "attn_out"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +110,12 @@ class DiffFit(InPlace):
 
     def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
         table = PLACEMENTS[self.placement]
-        return {s: _gamma(s, backbone.module(s.path), table[s.role]) for s in sites if s.kind != "tensor"}
+        scaled = [site for site in sites if site.kind != "tensor"]
+        return {site: self._gamma(site, backbone.module(site.path), table[site.role]) for site in scaled}
+
+    def _gamma(self, site: Site, module: nn.Module, vectors: int) -> Gamma:
+        source = source_of(site.role, self.recompute)
+        return Gamma(vectors, site.shape[0], len(site.shape) - 2, source, **factory(module))
 
     def learns(self, sites: Sequence[Site], backbone: Backbone) -> list[tuple[str, str]]:
         return [(site.path, site.part) for site in sites if site.kind == "tensor"]
@@ -129,24 +137,20 @@ def _first_half(sites: Sequence[Site]) -> list[Site]:
     return [s for s in sites if blocks[s] in first]
 
 
-def _gamma(site: Site, module: nn.Module, vectors: int) -> Gamma:
-    return Gamma(vectors, site.shape[0], len(site.shape) - 2, **factory(module))
+class Gamma(Rescaling):
+    """gamma (vectors, channels), their product taken."""
 
-
-class Gamma(Adapter):
-    """gamma (vectors, channels), their product taken; `dims` spatial dimensions follow the channels of the output."""
-
-    def __init__(self, vectors: int, channels: int, dims: int, **kw: Any) -> None:
-        super().__init__()
-        self.dims = dims
+    def __init__(self, vectors: int, channels: int, dims: int, source: str, **kw: Any) -> None:
+        super().__init__(dims, source)
         self.gamma = nn.Parameter(torch.empty(vectors, channels, **kw))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.gamma)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y * self.gamma.prod(0).to(y.dtype).view(-1, *[1] * self.dims)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        gamma = self.gamma.prod(0)
+        return gamma, torch.zeros_like(gamma)
 
     def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         gamma = self.gamma.prod(0)

@@ -62,16 +62,54 @@ class SSF(Method):
         folds = whole and not standardised and site.kind in ("norm", "conv")
         channels_first = site.kind == "norm" and "2d" in base_class(module).__name__
         dims = len(site.shape) - 2 if site.kind == "conv" else 2 if channels_first else 0
-        source = "input" if site.role in self.recompute.split() else "output" if site.role in _KEPT_BEHIND else "kept"
+        source = source_of(site.role, self.recompute)
         return SSFAdapter(site.shape[0], dims, folds, standardised, source, **factory(module))
 
 
-class SSFAdapter(Adapter):
-    """gamma, beta (channels); `dims` spatial dimensions follow the channels of the output."""
+def source_of(role: str, recompute: str) -> str:
+    """Where the gradient of a scale behind a Linear has the Linear's output from, see `lowrank.Rescale`."""
+    return "input" if role in recompute.split() else "output" if role in _KEPT_BEHIND else "kept"
+
+
+class Rescaling(Adapter):
+    """What scales the output of its site, and shifts it perhaps; `dims` spatial dimensions follow the channels."""
+
+    gamma: nn.Parameter
+
+    def __init__(self, dims: int, source: str) -> None:
+        super().__init__()
+        self.dims, self.source = dims, source
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The scale and the shift (channels)."""
+        raise NotImplementedError
+
+    def scale_shift(self) -> tuple[Tensor, Tensor, str] | None:
+        gamma, beta = self.factors()
+        source = "kept" if self.source == "output" and not self._invertible(gamma) else self.source
+        return gamma, beta, source
+
+    def _invertible(self, gamma: Tensor) -> bool:
+        """Whether no scale is near zero; looked at once per update, since the answer has to come to the host."""
+        if is_traced(gamma):
+            return True  # plain torch runs there, and keeps what it needs
+        version = self.gamma._version
+        known = _LOOKED_AT.get(self)
+        if known is None or known[0] != version:
+            known = _LOOKED_AT[self] = version, bool(gamma.detach().abs().min() > _LEAST)
+        return known[1]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        gamma, beta = (t.to(y.dtype).view(-1, *[1] * self.dims) for t in self.factors())
+        return torch.addcmul(beta, y, gamma)
+
+
+class SSFAdapter(Rescaling):
+    """gamma, beta (channels)."""
 
     def __init__(self, channels: int, dims: int, folds: bool, standardised: bool, source: str, **kw: Any) -> None:
-        super().__init__()
-        self.dims, self.folds, self.standardised, self.source = dims, folds, standardised, source
+        super().__init__(dims, source)
+        self.folds, self.standardised = folds, standardised
         self.gamma = nn.Parameter(torch.empty(channels, **kw))
         self.beta = nn.Parameter(torch.empty(channels, **kw))
         self.reset_parameters()
@@ -84,23 +122,8 @@ class SSFAdapter(Adapter):
     def on_weight(self) -> bool:
         return self.folds
 
-    def scale_shift(self) -> tuple[Tensor, Tensor, str] | None:
-        source = "kept" if self.source == "output" and not self._invertible() else self.source
-        return self.gamma, self.beta, source
-
-    def _invertible(self) -> bool:
-        """Whether no gamma is near zero; looked at once per update, since the answer has to come to the host."""
-        if is_traced(self.gamma):
-            return True  # plain torch runs there, and keeps what it needs
-        version = self.gamma._version
-        known = _LOOKED_AT.get(self)
-        if known is None or known[0] != version:
-            known = _LOOKED_AT[self] = version, bool(self.gamma.detach().abs().min() > _LEAST)
-        return known[1]
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        shape = (-1, *[1] * self.dims)
-        return torch.addcmul(self.beta.to(y.dtype).view(shape), y, self.gamma.to(y.dtype).view(shape))
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.gamma, self.beta
 
     def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.standardised:
