@@ -51,8 +51,7 @@ class Holder(nn.Module):
         aside: originals of tensors that learn in place (by name) or are merged (name of the adapter, dot, name). No
             buffers: DDP would send them, torch.export would want them, and `.to` would make other objects of them.
         hidden: names whose tensors are left out of the state dict (merged ones).
-        route: how Linears and adapters compute: "rebuild" or "keep" their input in the fused function, or plain torch in
-            "plain".
+        route: how all here computes: "rebuild" or "keep" the input in the fused function, or "plain" torch.
         tap: input of the residual branch that begins here, taps: all that this block must clear.
         thawed: a BatchNorm's statistics may learn, since an adapter that acts wants them to.
         mixed: each sample has its own adapter, and only the root (with `samples` and `backbone`) may say which acts.
