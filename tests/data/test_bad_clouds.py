@@ -159,8 +159,8 @@ def test_labels_that_do_not_fit_the_clouds_or_the_classes(tmp_path):
     for arrays, words in [
         ({"label": LABELS[:9]}, "10 clouds but 9 labels"),
         ({"label": LABELS, "is_train": LABELS[:9]}, "10 clouds but 9 entries of is_train"),
-        ({"label": np.array(["a", "b"] * 5)}, "numbers of classes, 0, 1, 2"),
-        ({"label": LABELS + 0.5}, "numbers of classes, 0, 1, 2"),
+        ({"label": np.array(["a", "b"] * 5)}, "labels are whole numbers, 0, 1, 2"),
+        ({"label": LABELS + 0.5}, "labels are whole numbers, 0, 1, 2"),
         ({"label": LABELS * 0 - 1}, "no cloud of train or of test has a label"),
         ({"label": LABELS, "is_train": LABELS * 0}, "no cloud of train or of test has a label"),
         ({"label": LABELS * 4, "classes": np.array(["a", "b"])}, "has label 4, outside 0..1"),

@@ -117,6 +117,15 @@ def test_npz_with_parts(tmp_path):
     np.savez(tmp_path / "b.npz", **(arrays | {"test_part": arrays["test_part"][:, :9]}))
     with pytest.raises(DataError, match="one part for each point"):
         load_parts(f"parts:{tmp_path / 'b.npz'}")
+    np.savez(tmp_path / "b.npz", parts=np.array(["a", "b", "c"]), **arrays)
+    with pytest.raises(DataError, match="b.npz: there are parts up to 3 but only 3 names"):
+        load_parts(f"parts:{tmp_path / 'b.npz'}")
+    for key, value, words in (("train_part", arrays["train_part"] + 0.5, "parts are whole numbers"),
+                              ("test_part", arrays["test_part"] - 1, "parts are counted from 0, and there is -1"),
+                              ("test_label", np.array(["x", "y"] * 4), "labels are whole numbers")):  # fmt: skip
+        np.savez(tmp_path / "b.npz", **(arrays | {key: value}))
+        with pytest.raises(DataError, match=f"b.npz {key.partition('_')[0]}: {words}"):
+            load_parts(f"parts:{tmp_path / 'b.npz'}")
     del arrays["test_part"]
     np.savez(tmp_path / "c.npz", **arrays)
     with pytest.raises(DataError, match="c.npz: no array 'test_part'"):

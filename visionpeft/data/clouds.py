@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from visionpeft.data.cloud_files import PICKLES, SUFFIXES, checked, read_cloud, read_npz
-from visionpeft.data.sets import ImageSet, Splits, existing
+from visionpeft.data.sets import ImageSet, Source, Splits, existing
 from visionpeft.data.splitting import complete
 from visionpeft.errors import DataError, require
 
@@ -104,15 +104,23 @@ def load_clouds(spec: str, root: str | None = None, seed: int = 0) -> Splits:
 
 
 def _set(points: np.ndarray, labels: np.ndarray, name: str, scaled: bool = True) -> ImageSet:
-    labels = np.asarray(labels).reshape(-1)
-    if not np.issubdtype(labels.dtype, np.integer) and not (
-        np.issubdtype(labels.dtype, np.floating) and (labels == np.round(labels)).all()
-    ):
-        raise DataError(f"{name}: labels are numbers of classes, 0, 1, 2 ..., and not {labels.dtype} as {labels[:1]}")
+    labels = whole_numbers(labels, f"{name}: labels").reshape(-1)
     source = CloudArray(points, name, scaled)
     if len(labels) != len(source):
         raise DataError(f"{name}: {len(source)} clouds but {len(labels)} labels")
-    return ImageSet(source, labels.astype(np.int64))
+    return ImageSet(source, labels)
+
+
+def whole_numbers(values: np.ndarray, name: str) -> np.ndarray:
+    """The values as int64.
+
+    Raises:
+        DataError: they are no whole numbers.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind not in "iu" and not (values.dtype.kind == "f" and (values == np.round(values)).all()):
+        raise DataError(f"{name} are whole numbers, 0, 1, 2 ..., and not {values.dtype} as {values.reshape(-1)[:1]}")
+    return values.astype(np.int64)
 
 
 def _bundled(seed: int) -> Splits:
@@ -128,19 +136,18 @@ def _npz(path: Path, seed: int) -> Splits:
     arrays = read_npz(path)
     names = next((list(map(str, arrays[key])) for key in ("classes", "label_names") if key in arrays), None)
     if "train_points" in arrays:
-        parts = [_labelled(arrays, part, path) for part in ("train", "test")]
+        train = _labelled(arrays, "train", path)
+        test = _labelled(arrays, "test", path) if "test_points" in arrays else None
     else:
-        parts = _by_flag(arrays, path)
-    if any(part is not None and not len(part) for part in parts):
+        train, test = _by_flag(arrays, path)
+    parts = [train] if test is None else [train, test]
+    if not all(map(len, parts)):
         raise DataError(f"{path}: no cloud of train or of test has a label of 0 or more")
-    highest = max(int(part.labels.max()) for part in parts if part is not None)
-    classes = names or [str(i) for i in range(highest + 1)]
-    return complete(path.name, classes, parts[0], test=parts[1], seed=seed)  # type: ignore[arg-type]
+    classes = names or [str(i) for i in range(max(int(part.labels.max()) for part in parts) + 1)]
+    return complete(path.name, classes, train, test=test, seed=seed)
 
 
-def _labelled(arrays: dict[str, np.ndarray], part: str, path: Path) -> ImageSet | None:
-    if f"{part}_points" not in arrays:
-        return None
+def _labelled(arrays: dict[str, np.ndarray], part: str, path: Path) -> ImageSet:
     return _set(_key(arrays, f"{part}_points", path), _key(arrays, f"{part}_label", path), f"{path.name} {part}")
 
 
@@ -150,16 +157,16 @@ def _key(arrays: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
     return arrays[key]
 
 
-def _by_flag(arrays: dict[str, np.ndarray], path: Path) -> list[ImageSet | None]:
+def _by_flag(arrays: dict[str, np.ndarray], path: Path) -> tuple[ImageSet, ImageSet | None]:
     points, labels = _key(arrays, "xyz" if "xyz" in arrays else "points", path), _key(arrays, "label", path)
     whole = _set(points, labels, path.name)
     known = labels.reshape(-1) >= 0
     if "is_train" not in arrays:
-        return [whole.take(np.flatnonzero(known)), None]
+        return whole.take(np.flatnonzero(known)), None
     flag = arrays["is_train"].astype(bool).reshape(-1)
     if len(flag) != len(known):
         raise DataError(f"{path}: {len(known)} clouds but {len(flag)} entries of is_train")
-    return [whole.take(np.flatnonzero(known & flag)), whole.take(np.flatnonzero(known & ~flag))]
+    return whole.take(np.flatnonzero(known & flag)), whole.take(np.flatnonzero(known & ~flag))
 
 
 def _folder(root: Path, seed: int) -> Splits:
@@ -182,7 +189,7 @@ def _classes(folder: Path) -> list[str]:
     return found
 
 
-def _files(folder: Path, classes: Sequence[str]) -> ImageSet:
+def _files(folder: Path, classes: Sequence[str], make: Callable[[Sequence[str]], Source] = CloudFiles) -> ImageSet:
     paths: list[str] = []
     labels: list[int] = []
     for index, name in enumerate(classes):
@@ -191,7 +198,7 @@ def _files(folder: Path, classes: Sequence[str]) -> ImageSet:
             raise DataError(f"{folder / name}: no clouds here ({' '.join(SUFFIXES)})")
         paths += map(str, files)
         labels += [index] * len(files)
-    return ImageSet(CloudFiles(paths), np.array(labels, dtype=np.int64))
+    return ImageSet(make(paths), np.array(labels, dtype=np.int64))
 
 
 def _modelnet(root: Path, seed: int) -> Splits:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from visionpeft.data.cloud_files import read_cloud, read_npz
-from visionpeft.data.clouds import CloudArray, _classes, _files, _key, unit
+from visionpeft.data.clouds import CloudArray, _classes, _files, _key, unit, whole_numbers
 from visionpeft.data.sets import ImageSet, Splits, existing
 from visionpeft.data.splitting import complete
 from visionpeft.errors import DataError
@@ -50,6 +50,8 @@ class PartArray:
         if self.parts.shape != self.clouds.points.shape[:2]:
             raise DataError(f"{self.clouds.name}: parts {list(self.parts.shape)} do not fit points "
                             f"{list(self.clouds.points.shape)}: one part for each point")
+        if whole_numbers(self.parts, f"{self.clouds.name}: parts").min(initial=0) < 0:
+            raise DataError(f"{self.clouds.name}: parts are counted from 0, and there is {self.parts.min()}")
 
     def __len__(self) -> int:
         return len(self.clouds)
@@ -132,24 +134,26 @@ def _arrays(arrays: dict[str, Any], name: str, seed: int) -> PartSplits:
     sets: dict[str, ImageSet] = {}
     for part in ("train", "test"):
         points, parts, labels = (_key(arrays, f"{part}_{key}", Path(name)) for key in ("points", "part", "label"))
-        sets[part] = ImageSet(PartArray(CloudArray(points, f"{name} {part}"), parts), labels.astype(np.int64))
-    labels, parts = arrays["train_label"], arrays["train_part"]
+        labels = whole_numbers(labels, f"{name} {part}: labels").reshape(-1)
+        sets[part] = ImageSet(PartArray(CloudArray(points, f"{name} {part}"), parts), labels)
+    labels, parts = sets["train"].labels, arrays["train_part"]
     classes = list(map(str, arrays.get("classes", range(int(labels.max()) + 1))))
     owned = [np.unique(parts[labels == i]).tolist() for i in range(len(classes))]
-    names = arrays.get("parts", range(max((max(own) for own in owned if own), default=0) + 1))
+    highest = max((max(own) for own in owned if own), default=0)
+    if len(names := arrays.get("parts", range(highest + 1))) <= highest:
+        raise DataError(f"{name}: there are parts up to {highest} but only {len(names)} names of parts")
     splits = complete(name, classes, sets["train"], test=sets["test"], seed=seed)
     return _with_parts(splits, list(map(str, names)), owned)
 
 
 def _folder(root: Path, seed: int) -> PartSplits:
-    classes, sets = _classes(existing(root / "train", "folder of training clouds")), {}
-    for part in ("train", "test"):
-        found = _files(existing(root / part, f"folder of {part} clouds"), classes)
-        sets[part] = ImageSet(PartFiles(found.source.paths), found.labels)  # type: ignore[attr-defined]
+    classes = _classes(existing(root / "train", "folder of training clouds"))
+    train, test = (_files(existing(root / part, f"folder of {part} clouds"), classes, PartFiles)
+                   for part in ("train", "test"))
     owned: list[set[int]] = [set() for _ in classes]
-    for cloud, label in (sets["train"][i] for i in range(len(sets["train"]))):
+    for cloud, label in (train[i] for i in range(len(train))):
         owned[label] |= set(cloud[:, 3].astype(int).tolist())
-    splits = complete(root.name, classes, sets["train"], test=sets["test"], seed=seed)
+    splits = complete(root.name, classes, train, test=test, seed=seed)
     return _with_parts(splits, [str(i) for i in range(max(map(max, owned)) + 1)], [sorted(own) for own in owned])
 
 
@@ -191,5 +195,4 @@ def check_parts(clouds: np.ndarray, splits: PartSplits, which: ImageSet) -> None
         if strange:
             raise DataError(f"{which.path(index)}: part {strange[0]} is none of the category {splits.classes[label]}, "
                             f"which has {', '.join(map(str, splits.owned[label]))}")
-
 
