@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_points import TINY, disturb, points
 from torch.utils.checkpoint import checkpoint
 
 import visionpeft as vp
@@ -16,30 +17,17 @@ from visionpeft.methods.point_memory import remember
 from visionpeft.models import point_ops
 from visionpeft.models.point_transformer import create
 
-TINY = {"groups": 8, "group_size": 4, "width": 12, "depth": 2, "heads": 2, "encoder": 12, "hidden": (4, 8),
-        "head_width": 8, "drop_path": 0.0}  # fmt: skip
 FIELDS = {"point_peft": {"neighbours": 3, "tokens": 2, "hidden": 4},
           "idpt": {"neighbours": 3}, "dapt": {"hidden": 4}, "ppt": {"tokens": 5, "hidden": 4}}
 
 
-def points(batch: int = 3, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(batch, 40, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
 def adapted(key: str, dtype=torch.float64, **given):
     torch.manual_seed(0)
-    model = create("point_mae", num_classes=5, **TINY).to(dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
+    model = disturb(create("point_mae", num_classes=5, **TINY)).to(dtype)
     tuner = vp.attach(model, vp.METHODS[key](**(FIELDS[key] | given)), train="head")
     with torch.no_grad():
         for p in tuner.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
-        for m in model.modules():
-            if isinstance(m, torch.nn.BatchNorm1d):
-                m.running_mean.normal_()
-                m.running_var.uniform_(0.5, 2)
         for a in tuner.adapters.values():
             if hasattr(a, "mean"):
                 a.mean.normal_()

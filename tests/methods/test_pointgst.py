@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_points import TINY, points
 from torch.utils.checkpoint import checkpoint
 
 import visionpeft as vp
@@ -15,13 +16,6 @@ from visionpeft.methods.pointgst import keep_spectra
 from visionpeft.models import point_spectrum
 from visionpeft.models.point_ops import PointError
 from visionpeft.models.point_transformer import create
-
-TINY = {"groups": 8, "group_size": 4, "width": 12, "depth": 2, "heads": 2, "encoder": 12, "hidden": (4, 8),
-        "head_width": 8, "drop_path": 0.0}  # fmt: skip
-
-
-def points(batch: int = 3, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(batch, 40, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def adapted(dtype=torch.float64, shake: bool = True, name: str = "point_mae", **fields):

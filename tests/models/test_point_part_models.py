@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_points
 import torch
 import torch.nn.functional as F
 
@@ -12,8 +13,7 @@ from visionpeft.models import point_checkpoints, point_mae, point_ops
 from visionpeft.models.point_ops import PointError
 from visionpeft.models.point_parts import create
 
-TINY = {"groups": 8, "group_size": 4, "width": 12, "depth": 3, "heads": 2, "encoder": 12, "hidden": (4, 8),
-        "head_width": 8, "drop_path": 0.0}  # fmt: skip
+TINY = tiny_points.TINY | {"depth": 3}
 FIELDS = {"pointgst": {"rank": 3, "local": 4}, "idpt": {"neighbours": 3}, "dapt": {"hidden": 4},
           "ppt": {"tokens": 5, "hidden": 4}, "point_peft": {"neighbours": 3, "tokens": 2, "hidden": 4},
           "lora": {"rank": 2}, "ssf": {}, "bitfit": {}, "ln_tuning": {}, "adaptformer": {"hidden": 4},
@@ -22,21 +22,12 @@ FIELDS = {"pointgst": {"rank": 3, "local": 4}, "idpt": {"neighbours": 3}, "dapt"
 
 def tiny(dtype=torch.float64, categories: int = 3):
     torch.manual_seed(0)
-    model = create("point_mae", parts=5, categories=categories, **TINY).to(dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-        for m in model.modules():
-            if isinstance(m, torch.nn.BatchNorm1d):
-                m.running_mean.normal_()
-                m.running_var.uniform_(0.5, 2)
-    return model
+    return tiny_points.disturb(create("point_mae", parts=5, categories=categories, **TINY)).to(dtype)
 
 
 def points(dtype=torch.float64) -> torch.Tensor:
-    xyz = torch.randn(3, 40, 3, generator=torch.Generator().manual_seed(1))
-    kinds = torch.tensor([2.0, 0.0, 1.0])[:, None, None].expand(3, 40, 1)
-    return torch.cat([xyz, kinds], -1).to(dtype)
+    kinds = torch.tensor([2, 0, 1], dtype=dtype)[:, None, None].expand(3, 40, 1)
+    return torch.cat([tiny_points.points(dtype=dtype), kinds], -1)
 
 
 def batchnorm(s, name, x):

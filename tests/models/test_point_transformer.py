@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import tiny_points
 import torch
 import torch.nn.functional as F
 
@@ -13,8 +14,7 @@ from visionpeft.models import point_checkpoints, point_gpt, point_mae, point_ops
 from visionpeft.models.point_checkpoints import CheckpointError
 from visionpeft.models.point_transformer import create
 
-TINY = {"groups": 6, "group_size": 4, "width": 12, "depth": 2, "heads": 2, "encoder": 12, "hidden": (4, 8),
-        "head_width": 8}  # fmt: skip
+TINY = tiny_points.TINY | {"groups": 6, "drop_path": 0.1}
 HEAD = {"cls_token", "cls_pos"} | {
     f"cls_head_finetune.{i}.{n}" for i in (0, 1, 4, 5, 8) for n in ("weight", "bias")
 } | {f"cls_head_finetune.{i}.{n}" for i in (1, 5) for n in ("running_mean", "running_var", "num_batches_tracked")}
@@ -22,19 +22,11 @@ HEAD = {"cls_token", "cls_pos"} | {
 
 def tiny(name: str = "point_mae", **changes):
     torch.manual_seed(0)
-    model = create(name, num_classes=5, **(TINY | changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-        for m in model.modules():
-            if isinstance(m, torch.nn.BatchNorm1d):
-                m.running_mean.normal_()
-                m.running_var.uniform_(0.5, 2)
-    return model
+    return tiny_points.disturb(create(name, num_classes=5, **(TINY | changes)))
 
 
-def points(batch: int = 3, count: int = 40, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(batch, count, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+def points(dtype=torch.float32) -> torch.Tensor:
+    return tiny_points.points(dtype=dtype)
 
 
 def conv(state, name, x):
@@ -82,7 +74,7 @@ def by_hand(state, x, depth=2, heads=2):
 
 def test_the_forward_is_that_of_its_description():
     model = tiny().double().eval()
-    x = points(dtype=torch.float64)
+    x = points(torch.float64)
     torch.testing.assert_close(model(x), by_hand(model.state_dict(), x), rtol=1e-11, atol=1e-11)
 
 
@@ -202,7 +194,7 @@ def test_the_loss_is_over_the_hidden_groups_alone():
 
 
 def test_the_chain_goes_to_the_nearest_that_is_left():
-    centres = points(2, 9)
+    centres = points()[:2, :9]
     for cloud, order in zip(centres, point_gpt.chain(centres).tolist(), strict=True):
         expected = [0]
         while len(expected) < 9:
@@ -236,7 +228,7 @@ def test_pointgpt_sequence_and_head():
 
 def test_sine_positions():
     module = point_gpt.SinePositions(20)  # six a coordinate, two left over
-    c = points(1, 2).double()
+    c = points(torch.float64)[:1, :2]
     out = module(c)
     assert torch.equal(out[..., 18:], torch.zeros(1, 2, 2, dtype=torch.float64))
     for axis in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("weights") / "test_vit.safetensors"
     save_file(timm.create_model("test_vit", img_size=32).state_dict(), path)
     return str(path)
+
+
+@pytest.fixture
+def tiny_point_mae(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The nano Point-MAE made smaller still, three blocks of width 16; afterwards no clouds are held."""
+    from visionpeft.models import point_transformer
+    from visionpeft.pipelines import points
+
+    small = point_transformer.Architecture(8, 6, 16, 3, 2, 16, (4, 8), 0.0, "bn", 8)
+    monkeypatch.setitem(point_transformer.ARCHITECTURES, points.NANO, small)
+    yield
+    points._splits.cache_clear()
+    points._ordered.cache_clear()
 
 
 @pytest.fixture

@@ -13,23 +13,12 @@ from visionpeft.data import made_clouds
 from visionpeft.data.cloud_files import read_cloud
 from visionpeft.errors import DataError
 from visionpeft.metrics.parts import shape_ious
-from visionpeft.models import point_transformer
 from visionpeft.models.point_mae import create as pretraining_model
-from visionpeft.models.point_transformer import Architecture
 from visionpeft.pipelines import point_deploy, point_parts, point_pretraining, points
 from visionpeft.pipelines.points import Config, Sweep, run, sweep
 
 CLASSES = ("lamp", "table")
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    """The nano model made smaller still."""
-    small = Architecture(8, 6, 16, 3, 2, 16, (4, 8), 0.0, "bn", 8)
-    monkeypatch.setitem(point_transformer.ARCHITECTURES, points.NANO, small)
-    yield
-    points._splits.cache_clear()
-    points._ordered.cache_clear()
+pytestmark = pytest.mark.usefixtures("tiny_point_mae")
 
 
 @pytest.fixture

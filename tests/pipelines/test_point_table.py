@@ -11,22 +11,17 @@ import pytest
 import torch
 
 from visionpeft.data import made_clouds
-from visionpeft.models import point_mae, point_transformer
-from visionpeft.models.point_transformer import Architecture
+from visionpeft.models import point_mae
 from visionpeft.pipelines import points
 from visionpeft.pipelines.point_pretraining import write_encoder
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script(monkeypatch, tiny_point_mae):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
     import point_table
 
-    small = Architecture(8, 6, 16, 2, 2, 16, (4, 8), 0.0, "bn", 8)
-    monkeypatch.setitem(point_transformer.ARCHITECTURES, points.NANO, small)
-    yield point_table
-    points._splits.cache_clear()
-    points._ordered.cache_clear()
+    return point_table
 
 
 def test_the_table_is_made_in_one_command(script, tmp_path, monkeypatch):

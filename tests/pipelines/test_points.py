@@ -16,7 +16,6 @@ from visionpeft import cli
 from visionpeft.data import made_clouds
 from visionpeft.errors import AdapterFileError, DataError
 from visionpeft.models import point_transformer
-from visionpeft.models.point_transformer import Architecture
 from visionpeft.pipelines import point_commands, point_deploy, point_pretraining, points
 from visionpeft.pipelines.backbone import ModelError
 from visionpeft.pipelines.points import Config, Sweep, run, sweep
@@ -24,16 +23,7 @@ from visionpeft.training import make_accelerator, predict_logits
 
 SIZE = 48
 CLASSES = ("bed", "lamp", "shelf")
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    """The nano model made smaller still."""
-    small = Architecture(8, 6, 16, 2, 2, 16, (4, 8), 0.0, "bn", 8)
-    monkeypatch.setitem(point_transformer.ARCHITECTURES, points.NANO, small)
-    yield
-    points._splits.cache_clear()
-    points._ordered.cache_clear()
+pytestmark = pytest.mark.usefixtures("tiny_point_mae")
 
 
 @pytest.fixture
@@ -73,7 +63,7 @@ def test_a_sweep_gives_a_row_for_every_method(clouds, weights, tmp_path):
     assert not outcome.failures and [r.method for r in outcome.results] == list(methods)
     raw, scratch, linear, gst, lora, full = outcome.results
     assert raw.adapter_parameters is None and linear.adapter_parameters == 0
-    assert gst.adapter_parameters == 2 * (16 * 4 * 2 + 4 + 16 + 4 * 4 + 4 + 4 * 4) + 2 * 16
+    assert gst.adapter_parameters == 3 * (16 * 4 * 2 + 4 + 16 + 4 * 4 + 4 + 4 * 4) + 2 * 16
     assert full.adapter_parameters == full.trained_parameters == scratch.trained_parameters
     for result in outcome.results:
         folder = Path(result.folder)
