@@ -59,6 +59,11 @@ def test_larger_triangles_get_more_points(tmp_path):
     assert abs((points[:, 2] == 5).mean() - 0.9) < 0.02
     obj = "".join(f"v {x} {y} {z}\n" for x, y, z in corners) + "f 1 2 3\nf 4 5 6\n"
     np.testing.assert_allclose(read_cloud(write(tmp_path / "a.obj", obj)), points, atol=1e-6)
+    trimesh = pytest.importorskip("trimesh")
+    mesh = trimesh.Trimesh(corners, [[0, 1, 2], [3, 4, 5]], process=False)
+    for name in ("a.stl", "b.ply"):  # binary both
+        mesh.export(tmp_path / name)
+        np.testing.assert_allclose(read_cloud(tmp_path / name), points, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "text", "words"), [
@@ -117,6 +122,30 @@ def test_modelnet_in_its_three_layouts(tmp_path):
         cloud, label = splits.test[5]
         assert cloud.shape == (points, 3) and label == 1
         assert abs(cloud.mean(0)).max() < 1e-5 and np.isclose(np.linalg.norm(cloud, axis=1).max(), 1)
+
+
+def test_modelnets_cache_is_converted_and_has_modelnet40s_classes(tmp_path):
+    """Both kinds of list lie in the official folder; numbers are those of the 40."""
+    cache = [[np.hstack([POINTS + i, POINTS]) for i in range(10)], [np.array([i % 2], np.int32) for i in range(10)]]
+    for part in ("train", "test"):
+        path = tmp_path / f"modelnet40_{part}_8192pts_fps.dat"
+        path.write_bytes(pickle.dumps(cache))
+        with pytest.raises(DataError, match="8192pts_fps.dat is a pickle.*visionpeft points convert"):
+            load_clouds(f"modelnet:{tmp_path}")
+    for kind, names in (("10", "bed\nsofa\n"), ("40", "airplane\nsofa\n")):
+        write(tmp_path / f"modelnet{kind}_shape_names.txt", names)
+        for part in ("train", "test"):
+            write(tmp_path / f"modelnet{kind}_{part}.txt", f"{names.split()[0]}_0001\nsofa_0001\n" * 5)
+    assert load_clouds(f"modelnet:{tmp_path}").classes == ["airplane", "sofa"]
+    unpickle.convert(tmp_path / "modelnet40_train_8192pts_fps.dat")
+    with pytest.raises(DataError, match="modelnet40_test_8192pts_fps.npz"):
+        load_clouds(f"modelnet:{tmp_path}")
+    unpickle.convert(tmp_path / "modelnet40_test_8192pts_fps.dat")
+    splits = load_clouds(f"modelnet:{tmp_path}")
+    assert splits.classes == ["airplane", "sofa"] and len(splits.train_val) == len(splits.test) == 10
+    cloud, label = splits.test[3]
+    np.testing.assert_allclose(cloud, unit(POINTS + 3), atol=1e-6)
+    assert label == 1
 
 
 def test_scanobjectnn_is_used_as_it_is(tmp_path):
@@ -190,6 +219,19 @@ def test_pickles_that_call_anything_are_refused(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     Path("evil.pkl").write_bytes(pickle.dumps({"train": [Evil(call)], "test": []}))
     with pytest.raises(DataError, match="is not opened"):
+        unpickle.convert("evil.pkl")
+    assert not Path("opened").exists()
+
+
+@pytest.mark.parametrize("raw", [
+    b"cos\nsystem\n(S'touch opened'\ntR.",
+    b"\x80\x04\x8c\x05numpy\x8c\x1etesting._private.utils.os.system\x93\x8c\x0ctouch opened\x85R.",
+    b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncbuiltins\neval\n\x85R.", b"P0\n.", b"\x80\x02N\x82\x01.",
+], ids=["old", "dotted", "nested", "persistent", "extension"])  # fmt: skip
+def test_pickles_written_to_deceive_are_refused(tmp_path, monkeypatch, raw):
+    monkeypatch.chdir(tmp_path)
+    Path("evil.pkl").write_bytes(raw)
+    with pytest.raises(DataError, match="is not opened|no readable pickle"):
         unpickle.convert("evil.pkl")
     assert not Path("opened").exists()
 

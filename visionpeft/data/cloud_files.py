@@ -61,8 +61,12 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _is_pickle(path: Path) -> bool:
     """By the first and the last byte: what protocols begin with, and the sign that all of them stop with."""
-    raw = path.read_bytes()
-    return raw[:1] in (b"\x80", b"(", b"]", b"}", b"c", b"d", b"l") and raw[-1:] == b"."
+    with path.open("rb") as file:
+        first = file.read(1)
+        if first not in (b"\x80", b"(", b"]", b"}", b"c", b"d", b"l"):
+            return False
+        file.seek(-1, 2)
+        return file.read() == b"."
 
 
 def checked(points: np.ndarray, name: str) -> np.ndarray:

@@ -81,8 +81,9 @@ def load_clouds(spec: str, root: str | None = None, seed: int = 0) -> Splits:
     """Load a set of labelled clouds.
 
     `spec` is "bundled" (made-up furniture), "npz:PATH", "folder:PATH" ({train,test}/class/file, or class/file),
-    "modelnet:PATH" (OFF files, normal_resampled or hdf5), "scanobjectnn:obj_bg", ":obj_only" or ":pb_t50_rs" below
-    `root` (the folder of main_split), or "fewshot:5way10shot/0" below `root` (after `visionpeft points convert`).
+    "modelnet:PATH" (OFF files, hdf5, normal_resampled, or its cache after `visionpeft points convert`),
+    "scanobjectnn:obj_bg", ":obj_only" or ":pb_t50_rs" below `root` (the folder of main_split), or
+    "fewshot:5way10shot/0" below `root` (after `visionpeft points convert`).
 
     Raises:
         DataError: an unknown spec, or data that are missing, malformed or pickled.
@@ -202,11 +203,17 @@ def _files(folder: Path, classes: Sequence[str], make: Callable[[Sequence[str]],
 
 
 def _modelnet(root: Path, seed: int) -> Splits:
-    """Whichever of the three layouts is there."""
-    if names := sorted(root.glob("modelnet*_shape_names.txt")):
-        return _modelnet_text(root, names[0], seed)
+    """Whichever of the four layouts is there; ModelNet40 where ModelNet10's lists stand beside its own."""
+    names = sorted(root.glob("modelnet*_shape_names.txt"))
+    if caches := sorted(root.glob("modelnet*_train_*.npz")):
+        return _modelnet_cache(root, caches[-1], names, seed)
+    if names:
+        return _modelnet_text(root, names[-1], seed)
     if sorted(root.glob("ply_data_train*.h5")):
         return _modelnet_h5(root, seed)
+    if pickles := sorted(root.glob("modelnet*_train_*.dat")):
+        raise DataError(f"{pickles[-1]} is a pickle: make an npz of it, and of the test set's, with `visionpeft points "
+                        "convert`")
     classes = _classes(root)
     for name in classes:
         existing(root / name / "train", "ModelNet's folder of training meshes")
@@ -236,8 +243,17 @@ def _modelnet_text(root: Path, names: Path, seed: int) -> Splits:
     return complete(root.name, classes, parts[0], test=parts[1], seed=seed)
 
 
+def _modelnet_cache(root: Path, train: Path, names: Sequence[Path], seed: int) -> Splits:
+    """Both npz files of the cache of 8,192 points, after `visionpeft points convert`."""
+    parts = []
+    for path in (train, existing(train.with_name(train.name.replace("_train_", "_test_")), "ModelNet's other part")):
+        arrays = read_npz(path)
+        parts.append(_set(_key(arrays, "points", path), _key(arrays, "label", path), path.name))
+    kind = train.name.partition("_")[0]  # modelnet40
+    return _numbered(root, parts, next((n for n in names if n.name.startswith(f"{kind}_")), None), seed)
+
+
 def _modelnet_h5(root: Path, seed: int) -> Splits:
-    listed = root / "shape_names.txt"
     parts = []
     for part in ("train", "test"):
         read = [read_h5(path) for path in sorted(root.glob(f"ply_data_{part}*.h5"))]
@@ -245,8 +261,14 @@ def _modelnet_h5(root: Path, seed: int) -> Splits:
             raise DataError(f"{root}: no ply_data_{part}*.h5")
         points, labels = (np.concatenate(arrays) for arrays in zip(*read, strict=True))
         parts.append(_set(points, labels, f"{root.name} {part}"))
+    names = root / "shape_names.txt"
+    return _numbered(root, parts, names if names.exists() else None, seed)
+
+
+def _numbered(root: Path, parts: Sequence[ImageSet], names: Path | None, seed: int) -> Splits:
+    """Train and test set; classes have the names of a file, else their numbers."""
     highest = max(int(part.labels.max()) for part in parts)
-    classes = listed.read_text().split() if listed.exists() else [str(i) for i in range(highest + 1)]
+    classes = [str(i) for i in range(highest + 1)] if names is None else names.read_text().split()
     return complete(root.name, classes, parts[0], test=parts[1], seed=seed)
 
 
