@@ -12,33 +12,55 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
-def probe(checkpoint: str | None, seed: int = 0) -> float:
-    """Accuracy of logistic regression on the pooled features of the bundled clouds."""
+def regressed(features: Callable[[str], np.ndarray]) -> float:
+    """Test accuracy of logistic regression on features [N, F] of "train_val" and "test" of the bundled clouds."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from visionpeft.pipelines.points import NANO, CloudBackbone, Config, build, load_splits, plain_feed
+    from visionpeft.pipelines.points import Config, load_splits
 
-    config = Config(model=NANO)
-    model = build(CloudBackbone(NANO, checkpoint, config.backbone.groups), 8, pretrained=checkpoint is not None,
-                  seed=seed).eval()
-    features = {}
-    for part in ("train_val", "test"):
-        points = plain_feed(config, part).clouds[:, : config.seen]
-        with torch.no_grad():
-            features[part] = torch.cat([model.pool(model.forward_features(p)) for p in points.split(32)]).numpy()
-    splits = load_splits(config)
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
-    classifier.fit(features["train_val"], splits.train_val.labels)
-    return float(classifier.score(features["test"], splits.test.labels))
+    splits, classifier = load_splits(Config()), make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
+    classifier.fit(features("train_val"), splits.train_val.labels)
+    return float(classifier.score(features("test"), splits.test.labels))
+
+
+def clouds(part: str) -> torch.Tensor:
+    """Points [N, P, 3] of a part of the bundled clouds, as evaluation sees them."""
+    from visionpeft.pipelines.points import Config, plain_feed
+
+    return plain_feed(Config(), part).clouds[:, : Config().seen]
+
+
+def probe(checkpoint: str | None) -> float:
+    """The same on the pooled features of weights, or of the random start."""
+    from visionpeft.pipelines.points import NANO, CloudBackbone, Config, build
+
+    backbone = CloudBackbone(NANO, checkpoint, Config().backbone.groups)
+    model: Any = build(backbone, 8, pretrained=checkpoint is not None).eval()
+
+    @torch.no_grad()
+    def features(part: str) -> np.ndarray:
+        return torch.cat([model.pool(model.forward_features(p)) for p in clouds(part).split(32)]).numpy()
+
+    return regressed(features)
+
+
+def by_hand() -> float:
+    """The same on features that need no network."""
+    from visionpeft.pipelines.points import features_by_hand
+
+    return regressed(lambda part: features_by_hand(clouds(part).numpy()))
 
 
 CARD = """# nano_point_mae.safetensors
@@ -74,22 +96,6 @@ shifted.
 
     python scripts/build_point_assets.py --data ldraw_pretrain.npz --epochs {epochs} --batch {batch}
 """
-
-
-def by_hand() -> float:
-    """The probe's regression on features that need no network."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    from visionpeft.pipelines.points import Config, features_by_hand, load_splits, plain_feed
-
-    config, found = Config(), {}
-    for part in ("train_val", "test"):
-        found[part] = features_by_hand(plain_feed(config, part).clouds[:, : config.seen].numpy())
-    splits, classifier = load_splits(config), make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
-    classifier.fit(found["train_val"], splits.train_val.labels)
-    return float(classifier.score(found["test"], splits.test.labels))
 
 
 def write_card(target: Path, figures: dict[str, float], epochs: int, batch: int) -> None:
