@@ -14,8 +14,8 @@ from visionpeft.errors import DeadAdapterError, SiteError, VisionPEFTError
 @pytest.mark.parametrize("backbone", zoo.MAKERS)
 def test_the_zoo_offers_what_its_table_says(backbone):
     sites = vp.inspect(zoo.plain(backbone))
-    kinds = {s.kind for s in sites if s.role != "head" and s.kind not in ("branch",)}
-    found = kinds | {s.role for s in sites if s.kind == "branch"} | {s.role for s in sites if s.role == "head"}
+    found = {s.role if s.kind in ("branch", "stage") else s.kind for s in sites if s.role != "head"}
+    found |= {s.role for s in sites if s.role == "head"}
     assert found == zoo.OFFERS[backbone]
 
 

@@ -104,22 +104,22 @@ _TOKENS = {"linear", "norm", "conv", "attention", "mlp", "block", "head"}
 OFFERS: dict[str, set[str]] = {
     "vit": _TOKENS,
     "dinov2": _TOKENS,
-    "eva02": _TOKENS - {"block"},
-    "beit": _TOKENS - {"block"},
-    "swinv2": _TOKENS - {"block", "attention"},
-    "convnext": {"linear", "norm", "conv", "head"},
+    "eva02": _TOKENS - {"block"} | {"grid"},
+    "beit": _TOKENS - {"block"} | {"grid"},
+    "swinv2": _TOKENS - {"block", "attention"} | {"grid"},
+    "convnext": {"linear", "norm", "conv", "head", "map"},
     "resnet": {"conv", "norm", "head"},
     "bit": {"conv", "norm", "head"},
     "nfnet": {"conv", "head"},
     "efficientnet": {"conv", "norm", "head"},
     "encoder": {"linear", "norm", "head"},
     "clip": _TOKENS - {"head", "block"} | {"embed"},
-    "points": _TOKENS | {"stage"},
+    "points": _TOKENS | {"grouping", "tokens", "pool"},
 }
 
 # One of each inner tuple is needed. Others need one of their `kinds`; methods without kinds act on any tensor.
 NEEDS: dict[str, tuple[set[str], ...]] = {
-    **dict.fromkeys(POINTS, ({"stage"},)),
+    **dict.fromkeys(POINTS, ({"grouping"},)),
     "ln_tuning": ({"norm"},),
     "linear": ({"head"},),
     "adaptformer": ({"mlp"},),
@@ -132,6 +132,7 @@ NEEDS: dict[str, tuple[set[str], ...]] = {
     "binary_adaptformer": ({"mlp"},),
     "prefix": ({"block"},),
     "noah": ({"block"},),
+    "rein": ({"block", "map", "grid"},),
 }
 
 # Methods that act in the same way as others run on a plain ViT and on those where they act in yet another way.
@@ -146,7 +147,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "prefix": ("vit",),
     "compacter": ("vit",),
     "mosa": ("vit", "swinv2"),
-    "rein": ("vit", "dinov2"),
+    "rein": ("vit", "dinov2", "eva02", "swinv2", "convnext"),
     "noah": ("vit",),
     "linear_adapter": ("vit",),
     "binary_adaptformer": ("vit",),

@@ -189,6 +189,41 @@ def test_rein(name):
     assert sum(".scale" in k for k in model.state_dict()) == 1
 
 
+MAPS = {  # a small model, a block of it, a feature of that block's stage
+    "convnext": (lambda: timm.create_model("convnext_tiny", depths=(1, 1, 1, 2), dims=(8, 8, 8, 12), num_classes=3),
+                 "stages.3.blocks.1", (2, 12, 3, 5)),
+    "swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=8,
+                                       depths=(1, 2), num_heads=(2, 2), num_classes=3),
+             "layers.1.blocks.0", (2, 4, 4, 16)),
+    "hiera": (lambda: timm.create_model("hiera_tiny_224", img_size=64, embed_dim=24, stages=(1, 1, 1, 1),
+                                        num_classes=3), "blocks.1", (2, 256, 24)),
+    "eva": (lambda: timm.create_model("eva02_tiny_patch14_224", img_size=32, patch_size=8, embed_dim=D, depth=2,
+                                      num_heads=2, num_classes=3), "blocks.1", (2, 17, D)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_rein_behind_blocks_that_care_for_places(name):
+    """The same formula on every place of what the block gives; M_T, M_d and s are one for each width."""
+    make, path, shape = MAPS[name]
+    model = make().double().eval()
+    tuner = shake(vp.attach(model, M.Rein(tokens=5, rank=2)))
+    own, block = by_site(tuner), model.get_submodule(path)
+    x = torch.randn(shape, dtype=torch.float64)
+    with tuner.disabled():
+        y = block(x)
+    front, axis = (1, -1) if name == "eva" else (0, 1 if name == "convnext" else -1)
+    f, t = y.movedim(axis, -1)[:, front:], own[path, ""]
+    shared, tokens = own["", f"maps{f.shape[-1]}"], t["a"] @ t["b"]
+    attention = (f @ tokens.T / math.sqrt(f.shape[-1])).softmax(-1)
+    mixed = attention[..., 1:] @ (tokens[1:] @ shared["token_weight"].T + shared["token_bias"]) + f
+    f = f + shared["scale"] * (mixed @ shared["delta_weight"].T + shared["delta_bias"])
+    expected = torch.cat([y.movedim(axis, -1)[:, :front], f], 1).movedim(-1, axis)
+    assert_equal(block(x).detach(), expected.detach())
+    blocks = [s for s in tuner.sites if s.kind == "stage"]
+    assert len(tuner.sites) == len(blocks) + len({s.shape for s in blocks}) or len(tuner.sites) == len(blocks)
+
+
 # ---- NOAH -----------------------------------------------------------------------------------------------------------
 
 

@@ -25,10 +25,10 @@ MAKERS = {
 SIZES = {"swin": 32, "convnext": 64, "hiera": 64}
 POINTS = {"pointgst", "idpt", "dapt", "ppt", "point_peft"}
 BRANCHES = {"convpass", "parallel", "compacter", "mosa", "binary_adaptformer", "adaptformer", "houlsby", "pfeiffer"}
-BLOCKS = {"prefix", "noah", "rein", "vpt"}
+BLOCKS = {"prefix", "noah", "vpt"}
 REFUSED = {  # what the error says
     **{(m, b): "block" for m in BLOCKS for b in MAKERS},
-    **{(m, b): "stage" for m in POINTS for b in MAKERS},
+    **{(m, b): "grouping" for m in POINTS for b in MAKERS},
     **{("textual_inversion", b): "embed" for b in MAKERS},
     **{(m, "convnext"): "attention|mlp" for m in BRANCHES},
     ("binary_lora", "convnext"): "query value",

@@ -43,7 +43,7 @@ class Library:
         presets: word of `targets=` -> says whether it means the module at a path, given all modules.
         denoises: says whether a root is what a diffusion pipeline trains, unless told otherwise.
         heads: paths of the classifiers of a root; example: an input for it.
-        stages: role and channels of a module before or after the blocks that adapters can take hold of as a whole.
+        stages: role and channels of a module that is no such block, but that adapters can take hold of as a whole.
         prefix_tokens: how many tokens stand before the patches.
     """
 

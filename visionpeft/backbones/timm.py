@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionpeft.backbones import Library, Role
+from visionpeft.backbones import Library, Role, width_of
 from visionpeft.binding import base_class
 
 _ATTENTION: dict[str, Role] = {
@@ -64,6 +64,20 @@ def _blocks(module: nn.Module) -> bool:
     return source.endswith(".vision_transformer") and type(module).__name__ in ("Block", "ResPostBlock")
 
 
+_STAGES = {
+    "ConvNeXtBlock": "map", "SwinTransformerBlock": "grid", "SwinTransformerV2Block": "grid", "HieraBlock": "grid",
+    "EvaBlock": "grid", "EvaBlockPostNorm": "grid", "beit.Block": "grid", "vision_transformer_sam.Block": "grid",
+}  # fmt: skip
+
+
+def _stage(module: nn.Module) -> tuple[str, int] | None:
+    """Blocks that care for places, by what they give: a "map" (B, D, H, W) or a "grid" (B, ..., D)."""
+    name = type(module).__name__
+    role = _STAGES.get(f"{base_class(module).__module__.split('.')[-1]}.{name}", _STAGES.get(name))
+    width = width_of(getattr(module, "norm2", None)) or width_of(module)  # of what leaves the block
+    return (role, width) if role and width else None
+
+
 def _heads(root: nn.Module) -> list[str]:
     if not hasattr(root, "get_classifier"):
         return []
@@ -103,6 +117,7 @@ LIBRARY = Library(
     lookalike=_lookalike,
     branches=_BRANCHES,
     blocks=_blocks,
+    stages=_stage,
     fused=_fused,
     bypasses=_bypasses,
     switches=_switches,

@@ -32,9 +32,9 @@ class PointMethod(Method):
         return not self.legacy
 
     def choose(self, backbone: Backbone) -> list[Site]:
-        if not any(site.kind == "stage" for site in backbone.sites()):
+        if not stages(backbone, "grouping"):
             raise SiteError(
-                f"{type(self).__name__} needs a point transformer with its stages (visionpeft.models."
+                f"{type(self).__name__} needs a point transformer with its grouping (visionpeft.models."
                 "point_transformer), whose blocks are given the centres of their tokens"
             )
         return super().choose(backbone)
