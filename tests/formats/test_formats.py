@@ -94,14 +94,18 @@ def test_mixed_ranks(kind, tmp_path):
     close(tiny.see(again, x), expected)
 
 
-def test_load_lora_adapter_of_a_transformer(tmp_path):
-    model, x = tiny.flux(), tiny.inputs("flux")
+@pytest.mark.parametrize("name", ["flux", "sd3", "sana"])
+def test_load_lora_adapter_of_a_transformer(name, tmp_path):
+    model, x = tiny.MODELS[name](), tiny.inputs(name)
     tuner = lora(model)
     expected = tiny.see(model, x)
     formats.save(tuner, tmp_path / "a.safetensors", "diffusers")
-    theirs = tiny.flux()
+    theirs = tiny.MODELS[name]()
     theirs.load_lora_adapter(safetensors.torch.load_file(tmp_path / "a.safetensors"), prefix="transformer")
     close(tiny.see(theirs, x), expected)
+    ours = tiny.MODELS[name]()
+    formats.load(ours, tmp_path / "a.safetensors")
+    close(tiny.see(ours, x), expected)
 
 
 @pytest.mark.parametrize("alpha,header", [(4, True), (2, False)])
