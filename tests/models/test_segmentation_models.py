@@ -212,6 +212,25 @@ def test_windows_of_a_local_model_give_what_whole_images_give(side: int, overlap
     assert torch.allclose(found, Local()(images), atol=1e-6)
 
 
+@pytest.mark.parametrize("side, batch, asked", [(None, 2, [2, 1]), (8, 5, [5, 1, 5, 1, 5, 1]), (8, 13, [12, 6]),
+                                                (8, 1, [1] * 18)])
+def test_a_model_never_sees_more_than_a_batch(side: int | None, batch: int, asked: list[int]) -> None:
+    """Six windows an image: images share a batch where they fit, and the windows of one go over several."""
+    class Same(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if index > 2:
+                raise IndexError
+            return torch.zeros(3, 12, 16), torch.zeros(12, 16, dtype=torch.long)
+
+    model, seen = Local(), []
+    model.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    found = list(segment(model, Same(), make_accelerator(), Windows(side, 0.5, batch), workers=0))
+    assert len(found) == 3 and seen == asked
+
+
 def test_windows_cover_every_pixel_and_overlap() -> None:
     corners = Windows(8, 0.5).corners(19, 8)
     assert corners == [(0, 0), (4, 0), (8, 0), (11, 0)]

@@ -78,20 +78,28 @@ class Windows:
         step = max(int(side * (1 - self.overlap)), 1)
         return [*range(0, length - side, step), max(length - side, 0)]
 
+    def images(self, height: int, width: int) -> int:
+        """How many images of a size make up a batch, one at least."""
+        return self.batch if self.side is None else max(self.batch // len(self.corners(height, width)), 1)
+
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        """float32 [B, C, H, W] of images [B, 3, H, W] of one size."""
+        """float32 [B, C, H, W] of images [B, 3, H, W] of one size, no more than `images` says."""
         if self.side is None:
-            return torch.cat([model(part).float() for part in images.split(self.batch)])
+            return model(images).float()
         side, (height, width) = self.side, images.shape[-2:]
-        corners = self.corners(height, width)
-        cuts = [images[..., top:top + side, left:left + side] for top, left in corners]
-        given = torch.cat([model(part).float() for part in torch.cat(cuts).split(self.batch)]).split(len(images))
-        total = given[0].new_zeros(len(images), given[0].shape[1], height, width)
-        times = total.new_zeros(height, width)
-        for (top, left), logits in zip(corners, given, strict=True):
-            total[..., top:top + side, left:left + side] += logits
-            times[top:top + side, left:left + side] += 1
+        total, times = images.new_zeros(()), images.new_zeros(height, width)
+        for corners in _cut(self.corners(height, width), max(self.batch // len(images), 1)):
+            given = model(torch.cat([images[..., top:top + side, left:left + side] for top, left in corners])).float()
+            if not total.dim():
+                total = given.new_zeros(len(images), given.shape[1], height, width)
+            for (top, left), logits in zip(corners, given.split(len(images)), strict=True):
+                total[..., top:top + side, left:left + side] += logits
+                times[top:top + side, left:left + side] += 1
         return total / times
+
+
+def _cut(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[i:i + size] for i in range(0, len(items), size))
 
 
 @torch.no_grad()
@@ -113,12 +121,13 @@ def segment(model: nn.Module, images: Any, accelerator: Any, windows: Windows,
                                         num_workers=default_workers(workers))
         numbers = iter(mine)
         for batch in _read(loader):
-            for _, group in itertools.groupby(batch, key=lambda pair: pair[0].shape):
-                inputs, masks = zip(*group, strict=True)
-                with accelerator.autocast():
-                    logits = windows.logits(model, torch.stack(inputs).to(accelerator.device))
-                for predicted, mask in zip(logits.argmax(1).to(torch.uint8).cpu(), masks, strict=True):
-                    yield next(numbers), predicted, mask
+            for shape, group in itertools.groupby(batch, key=lambda pair: pair[0].shape):
+                for part in _cut(list(group), windows.images(*shape[-2:])):
+                    inputs, masks = zip(*part, strict=True)
+                    with accelerator.autocast():
+                        logits = windows.logits(model, torch.stack(inputs).to(accelerator.device))
+                    for predicted, mask in zip(logits.argmax(1).to(torch.uint8).cpu(), masks, strict=True):
+                        yield next(numbers), predicted, mask
     finally:
         model.train(was_training)
 
