@@ -123,6 +123,21 @@ def test_prefixes_of_the_family(tmp_path, name, prefix):
     assert torch.equal(model.norm.weight, source.norm.weight)
 
 
+def test_a_pretrained_pointgpt_fills_all_but_token_norm_and_classifier(tmp_path):
+    """The pre-training model has, beside what the classifier takes, a generator, a norm and a last conv."""
+    source, model = tiny("pointgpt_s"), create("pointgpt_s", 5, **TINY)
+    new = ("cls_token", "cls_pos", "blocks.cls_norm", "blocks.cls_head_finetune")
+    known = {k: v for k, v in source.state_dict().items() if not k.startswith(new)}
+    more = {"norm.weight": torch.zeros(12), "blocks.increase_dim.0.bias": torch.zeros(12),
+            "generator_blocks.layers.0.ln_1.weight": torch.zeros(12)}  # fmt: skip
+    given = {f"module.GPT_Transformer.{k}": v for k, v in (known | more).items()}
+    torch.save({"base_model": given}, tmp_path / "x.pth")
+    missing, unused = point_checkpoints.load(model, tmp_path / "x.pth")
+    own = model.state_dict()
+    assert set(missing) == set(own) - set(known) and set(unused) == set(more)
+    assert "sos_pos" in known and all(torch.equal(own[k], v) for k, v in known.items())
+
+
 def test_a_finetuned_file_gives_the_same_outputs_and_other_classes_a_fresh_head(tmp_path):
     source = tiny().eval()
     torch.save({"base_model": {k: v for k, v in source.state_dict().items()}}, tmp_path / "x.pth")
