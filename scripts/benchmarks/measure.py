@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.models import CONTENDERS, SUBJECTS, Subject, frozen, ours, peft_lora, timm_model
+from benchmarks.models import CONTENDERS, LORA, PEFT, Subject, frozen, ours, peft_lora, timm_model
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import visionpeft as vp
 from visionpeft.memory import live_bytes
@@ -23,7 +23,8 @@ from visionpeft.memory import live_bytes
 Row = dict[str, Any]
 Dress = Callable[[nn.Module], nn.Module]
 MIB = 2**20
-CURVES = ("LoRA r8, all Linears", "PEFT LoRA r8, all Linears", "LoRA, memory=checkpoint", "full fine-tuning")
+CURVES = (LORA, PEFT, "LoRA, memory=checkpoint", "full fine-tuning")
+TIMED = 32  # images at most in a step that is timed for the largest batch: more change nothing but the wait
 
 
 class Contender:
@@ -35,7 +36,8 @@ class Contender:
             warnings.simplefilter("ignore")
             model, (args, self.kwargs) = subject.make(subject.batch)
             dtype = torch.bfloat16 if precision == "bf16-model" else torch.float32
-            self.model = dress(model.to(device, dtype)).train()
+            model = model.to(device)
+            self.model = dress(model if dtype == torch.float32 else model.to(dtype)).train()
         self.args = tuple(self._given(a, device, dtype) for a in args)
         self.precision, self.device = precision, device
 
@@ -62,11 +64,17 @@ class Contender:
         return live_bytes(self.forward)
 
     def flops(self) -> int:
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward})
         counter.mod_tracker = _Whole()  # its hooks on modules cannot stand gradients taken within backward
         with counter:
             self.step()
         return counter.get_total_flops()
+
+
+def _conv_backward(dy: Any, x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+                   output_padding: Any, groups: int, wanted: list[bool], **shapes: Any) -> int:  # fmt: skip
+    """The two gradients, each as many FLOPs as forward; torch takes a grouped weight's gradient for a dense one's."""
+    return sum(wanted[:2]) * conv_flop_count(x, w, dy, transposed)
 
 
 class _Whole:
@@ -126,6 +134,8 @@ def rows(subject: Subject, names: list[str], precision: str, steps: int, device:
             name = row["contender"]
             row["step_seconds"] = statistics.median(r[name] for r in rounds)
             row["step_ratio"], row["step_spread"] = ratios(rounds, name, "frozen")
+            if PEFT in found:
+                row["step_of_peft"] = ratios(rounds, name, PEFT)[0]
     return out
 
 
@@ -133,7 +143,7 @@ def rows(subject: Subject, names: list[str], precision: str, steps: int, device:
 
 
 def largest_batches(budget_mib: float, rounds: int, device: str) -> list[Row]:
-    """The largest batch of ViT-S that fits, and images a second at it.
+    """The largest batch of ViT-S that fits, and images a second at it (at TIMED, if that is less).
 
     Counted: parameters, gradients and AdamW's two moments of what learns, and the bytes alive after forward, which are
     a straight line in the batch. Not counted: what single operations need for a moment.
@@ -147,16 +157,16 @@ def largest_batches(budget_mib: float, rounds: int, device: str) -> list[Row]:
         image = (b - a) / 4
         batch = int((budget_mib * MIB - own - (a - 2 * image)) / image)
         out.append({"contender": name, "budget_mib": budget_mib, "image_mib": image / MIB, "batch": batch})
-        found[name] = Contender(_vit_s(batch), CONTENDERS[name], "fp32", device)
+        found[name] = Contender(_vit_s(min(batch, TIMED)), CONTENDERS[name], "fp32", device)
     turns = [{name: c.step() for name, c in found.items()} for _ in range(rounds + 1)][1:]
     for row in out:
-        row["images_per_second"] = row["batch"] / statistics.median(t[row["contender"]] for t in turns)
+        row["images_per_second"] = min(row["batch"], TIMED) / statistics.median(t[row["contender"]] for t in turns)
     return out
 
 
-def _vit_s(batch: int, size: int = 224) -> Subject:
-    grown = {} if size == 224 else {"img_size": size}
-    return Subject("ViT-S/16", timm_model("vit_small_patch16_224", size, **grown), batch, 1.01)
+def _vit_s(batch: int, size: int = 224, depth: int = 12) -> Subject:
+    model = timm_model("vit_small_patch16_224", size, img_size=size, depth=depth)
+    return Subject("ViT-S/16", model, batch, 1.01)
 
 
 def merged_latency(rounds: int, device: str) -> list[Row]:
@@ -178,23 +188,21 @@ def merged_latency(rounds: int, device: str) -> list[Row]:
 
 def fleets(sizes: tuple[int, ...], rounds: int, device: str) -> list[Row]:
     """So many LoRAs with classifiers of their own on one ViT-S: loading, switching, and all in one batch of 8."""
-    out = []
-    for size in sizes:
-        model, ((x,), _) = _vit_s(8).make(8)
-        model, x = model.to(device).eval(), x.detach().to(device)
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            path = Path(folder) / "a.safetensors"
-            vp.attach(model, vp.LoRA(rank=8), train="head").save(path)
-            vp.tuners(model)["default"].detach()
-            seconds = timed(lambda p=path, m=model, n=size: _load(m, p, n), device)
-        out.append({"adapters": size, "load_ms": 1e3 * seconds / size, **_fleet(model, x, size, rounds, device)})
+    model, ((x,), _) = _vit_s(8).make(8)
+    model, x = model.to(device).eval(), x.detach().to(device)
+    out, loaded = [], 0
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "a.safetensors"
+        vp.attach(model, vp.LoRA(rank=8), train="head").save(path)
+        vp.tuners(model)["default"].detach()
+        for size in sizes:
+            names = [f"a{i}" for i in range(loaded, size)]
+            seconds = timed(lambda n=names: [vp.load(model, path, name=name, probe=False) for name in n], device)
+            row = {"adapters": size, "load_ms": 1e3 * seconds / len(names)}
+            out.append(row | _fleet(model, x, size, rounds, device))
+            loaded = size
     return out
-
-
-def _load(model: nn.Module, path: Path, size: int) -> None:
-    for i in range(size):
-        vp.load(model, path, name=f"a{i}", probe=False)
 
 
 @torch.no_grad()
@@ -230,10 +238,10 @@ def graphs() -> list[Row]:
     """Graphs that torch.compile makes of one model while adapters switch and scales change."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    model = timm_model("vit_small_patch16_224", 224, depth=2)(1)[0].eval()
-    x = torch.randn(2, 3, 224, 224)
+    model, ((x,), _) = _vit_s(2, depth=2).make(2)
+    model, x = model.eval().requires_grad_(False), x.detach()
     for name in ("a", "b"):
-        vp.attach(model, vp.LoRA(rank=8), name=name, probe=False)
+        vp.attach(model, vp.LoRA(rank=8, targets="query value head"), name=name, probe=False)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     compiled, out = torch.compile(model, backend=counter, fullgraph=True), []
@@ -263,7 +271,7 @@ def compiled(device: str) -> list[Row]:
     import torch._functorch.config as partitioner
 
     out: list[Row] = []
-    for name in ("frozen", "LoRA r8, all Linears", "PEFT LoRA r8, all Linears", "full fine-tuning"):
+    for name in ("frozen", LORA, PEFT, "full fine-tuning"):
         for banned in (True, False):
             torch._dynamo.reset()
             contender = Contender(_vit_s(8), CONTENDERS[name], "fp32", device)
@@ -307,6 +315,3 @@ def _ranks(ranks: tuple[int, ...], rounds: int, device: str) -> list[Row]:
             ratio, spread = ratios(turns, name, "frozen")
             out.append({"axis": "rank", "value": int(rank), "contender": kind, "ratio": ratio, "spread": spread})
     return out
-
-
-__all__ = ["SUBJECTS", "curves", "fleets", "graphs", "largest_batches", "merged_latency", "rows"]

@@ -32,6 +32,14 @@ def vit_b_32() -> nn.Module:
     return open_clip.create_model("ViT-B-32")
 
 
+def small_clip() -> nn.Module:
+    import open_clip
+
+    vision = {"image_size": 224, "layers": 2, "width": 384, "patch_size": 32}
+    text = {"context_length": 77, "vocab_size": 1000, "width": 256, "heads": 4, "layers": 2}
+    return open_clip.CLIP(64, vision, text)
+
+
 def clip_model(create: Callable[[], Any]) -> Callable[[int], tuple[nn.Module, Batch]]:
     """Both towers; the gradient reaches the images and, since tokens take none, the embedded text."""
 
@@ -82,9 +90,10 @@ SMALL = {
     "vit": Subject("ViT-S, 2 blocks", timm_model("vit_small_patch16_224", 224, depth=2), 4, 1.01),
     "swin": Subject("Swin-T, 4 blocks", timm_model("swin_tiny_patch4_window7_224", 224, depths=(1, 1, 1, 1)), 2, 1.10),
     "convnext": Subject("ConvNeXt-T, 4 blocks", timm_model("convnext_tiny", 224, depths=(1, 1, 1, 1)), 2, 1.01),
-    "unet": Subject("UNet, a tenth as wide", unet(32, 64, 4), 2, 1.03),
+    "clip": Subject("CLIP, 2 + 2 blocks", clip_model(small_clip), 4, 1.01),
+    "unet": Subject("UNet, a tenth as wide", unet(32, 64, 4), 2, 1.01),
 }
-"""For --check; the small UNet has few channels for the rank, and so a goal of its own."""
+"""For --check."""
 
 
 # Who is measured: ways to make a model learn
@@ -113,21 +122,59 @@ def peft_lora(rank: int = 8, kind: type[nn.Module] = nn.Linear) -> Callable[[nn.
     return dress
 
 
+def lycoris_lora(rank: int = 8) -> Callable[[nn.Module], nn.Module]:
+    def dress(model: nn.Module) -> nn.Module:
+        import lycoris
+
+        lycoris.logger.setLevel("ERROR")
+        lycoris.LycorisNetwork.apply_preset({"target_module": ["Linear"], "exclude_name": [r"(.*\.)?head(\.fc)?$"]})
+        model.requires_grad_(False)
+        network = lycoris.create_lycoris(model, 1.0, linear_dim=rank, linear_alpha=rank, algo="lora")
+        network.apply_to()
+        model.add_module("lycoris", network)
+        return model
+
+    return dress
+
+
+LORA, DROPOUT = "LoRA r8, all Linears", "LoRA r8, dropout 0.25, attention"
+PEFT, LYCORIS = "PEFT LoRA r8, all Linears", "LyCORIS LoRA r8, all Linears"
+SSF_AGAIN, DIFFFIT_AGAIN = "SSF, all computed again", "DiffFit, all computed again"
 CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "frozen": frozen,
-    "LoRA r8, all Linears": ours(vp.LoRA(rank=8, targets="linear")),
-    "PEFT LoRA r8, all Linears": peft_lora(),
-    "LoRA r8, dropout 0.25, attention": ours(vp.LoRA(rank=8, targets=ATTENTION, dropout=0.25)),
+    LORA: ours(vp.LoRA(rank=8, targets="linear")),
+    PEFT: peft_lora(),
+    LYCORIS: lycoris_lora(),
+    DROPOUT: ours(vp.LoRA(rank=8, targets=ATTENTION, dropout=0.25)),
     "SSF": ours(vp.SSF()),
-    "SSF, all computed again": ours(vp.SSF(recompute="attn_out mlp_out")),
+    SSF_AGAIN: ours(vp.SSF(recompute="attn_out mlp_out")),
     "BitFit": ours("bitfit"),
     "LN-tuning": ours("ln_tuning"),
     "AdaptFormer-8": ours(vp.AdaptFormer(hidden=8)),
     "Convpass-8": ours(vp.methods.Convpass(hidden=8)),
     "DiffFit": ours(vp.DiffFit()),
+    DIFFFIT_AGAIN: ours(vp.DiffFit(recompute="attn_out mlp_out")),
     "LoRA, memory=keep": ours(vp.LoRA(rank=8, targets="linear"), memory="keep"),
     "LoRA, memory=checkpoint": ours(vp.LoRA(rank=8, targets="linear"), memory="checkpoint"),
     "LoRA, memory=reversible": ours(vp.LoRA(rank=8, targets="linear"), memory="reversible"),
     "full fine-tuning": lambda model: model.requires_grad_(True),
 }
-CHECKED = ("frozen", "LoRA r8, all Linears", "LoRA r8, dropout 0.25, attention", "SSF", "SSF, all computed again")
+KEEPS = {
+    LORA: "nothing: inputs are made again from what norm and activation layers keep",
+    PEFT: "the input of every Linear",
+    LYCORIS: "the input of every Linear",
+    DROPOUT: "nothing: masks are drawn again from a seed",
+    "SSF": "what the second Linear of each MLP gives, for gamma's gradient; the others are inverted or computed again",
+    SSF_AGAIN: "the patch embedding's weight with gamma in it",
+    "BitFit": "nothing: the gradient of a bias is a sum of what arrives",
+    "LN-tuning": "nothing: a LayerNorm keeps its input and statistics in any case",
+    "AdaptFormer-8": "its own tensors, 8 wide; its input is what the next norm keeps",
+    "Convpass-8": "its own tensors, 8 wide; its input is made again from the norm before",
+    "DiffFit": "as SSF: what the second Linear of each MLP gives",
+    DIFFFIT_AGAIN: "nothing on a ViT",
+    "LoRA, memory=keep": "the input of every Linear",
+    "LoRA, memory=checkpoint": "the input of every block",
+    "LoRA, memory=reversible": "two states, and 6 bits for each element and block",
+    "full fine-tuning": "the input of every Linear",
+}
+"""What each must keep for backward beyond what the frozen model keeps, and why."""

@@ -6,24 +6,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.goals import GOALS
+from benchmarks.measure import TIMED
+from benchmarks.models import KEEPS
+
 Row = dict[str, Any]
+AXES = {"batch": "images in a batch", "resolution": "pixels (batch 2)", "rank": "rank (batch 4)"}
+COUNTED = (
+    "FLOPs are those of torch's counter, but for the weight gradient of grouped convolutions, which it takes for that "
+    "of dense ones. PEFT and LyCORIS are given every Linear by name; in open_clip they do not reach query, key and "
+    "value, which are no Linears there."
+)
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(found: dict[str, Any], picture: str) -> str:
+    """The page; `picture` is the file of the plots beside it."""
     machine = found["machine"]
     lines = ["# Memory and speed", ""]
     lines += ["Made by `python scripts/benchmark.py`, whose head says what the columns mean.", ""]
     lines += ["; ".join(f"{key} {value}" for key, value in machine.items()) + ".", ""]
     if machine["device"] == "cpu":
         lines += ["**CPU figures.** On a GPU other kernels run, which may keep more or less.", ""]
+    rows = found.get("rows", [])
+    lines += ["## Goals", "", *table(("", "", "", "at most", "measured", ""), [goal.row(rows) for goal in GOALS]), ""]
+    lines += ["## What must be kept", "", "Between forward and backward, beyond what the frozen model keeps.", ""]
+    lines += [*table(("", "what, and why"), list(KEEPS.items())), "", COUNTED, ""]
     for title, part in _PARTS.items():
-        if rows := found.get(part.__name__.strip("_")):
-            lines += [f"## {title}", "", *part(rows), ""]
+        if shown := found.get(part.__name__.strip("_")):
+            lines += [f"## {title}", "", *part(shown), ""]
+    if "curves" in found:
+        lines += [f"![Memory against batch and resolution, time against rank]({picture})", ""]
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in found.get("rows", ()):
+    for row in rows:
         groups.setdefault((row["subject"], row["precision"]), []).append(row)
-    for (subject, precision), rows in groups.items():
-        lines += [f"## {subject}, {precision}, batch {rows[0]['batch']}", "", *_contenders(rows), ""]
+    for (subject, precision), group in groups.items():
+        lines += [f"## {subject}, {precision}, batch {group[0]['batch']}", "", *_contenders(group), ""]
     return "\n".join(lines)
 
 
@@ -50,7 +67,7 @@ def _largest_batches(rows: Sequence[Row]) -> list[str]:
     )
     lines = [f"ViT-S/16, 224 px, fp32; {budget}.", ""]
     body = [[r["contender"], f"{r['image_mib']:.1f}", str(r["batch"]), f"{r['images_per_second']:.2f}"] for r in rows]
-    return lines + table(["", "MiB an image", "largest batch", "images / s at it"], body)
+    return lines + table(["", "MiB an image", "largest batch", f"images / s at it (or at {TIMED})"], body)
 
 
 def _merged_latency(rows: Sequence[Row]) -> list[str]:
@@ -78,10 +95,20 @@ def _compiled(rows: Sequence[Row]) -> list[str]:
 
 
 def _curves(rows: Sequence[Row]) -> list[str]:
-    lines = ["![Memory against batch and resolution, time against rank](benchmarks.png)", ""]
-    ranks = [r for r in rows if r["axis"] == "rank"]
-    body = [[r["contender"], str(r["value"]), f"{r['ratio']:.2f} ± {r['spread']:.2f}"] for r in ranks]
-    return lines + (table(["ViT-S/16, batch 4", "rank", "step of frozen"], body) if ranks else [])
+    """The points behind the picture, a line a contender and a column a value."""
+    lines = []
+    for axis, label in AXES.items():
+        own = [r for r in rows if r["axis"] == axis]
+        values = sorted({r["value"] for r in own})
+        points = {(r["contender"], r["value"]): _point(r) for r in own}
+        body = [[name, *(points.get((name, v), "-") for v in values)] for name in dict.fromkeys(c for c, _ in points)]
+        what = "step of frozen" if axis == "rank" else "MiB alive after forward"
+        lines += [*table([f"ViT-S/16, fp32; {what}, by {label}", *map(str, values)], body), ""] if own else []
+    return lines[:-1]
+
+
+def _point(row: Row) -> str:
+    return f"{row['mib']:.0f}" if "mib" in row else f"{row['ratio']:.2f} ± {row['spread']:.2f}"
 
 
 _PARTS = {
@@ -100,8 +127,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    axes = [axis for axis in ("batch", "resolution", "rank") if any(r["axis"] == axis for r in rows)]
-    labels = {"batch": "images in a batch", "resolution": "pixels (batch 2)", "rank": "rank"}
+    axes = [axis for axis in AXES if any(r["axis"] == axis for r in rows)]
     figure, panels = plt.subplots(1, len(axes), figsize=(4.2 * len(axes), 3.4), layout="constrained", squeeze=False)
     for axis, panel in zip(axes, panels[0], strict=True):
         own = [r for r in rows if r["axis"] == axis]
@@ -109,7 +135,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             points = sorted((r["value"], r.get("mib", r.get("ratio"))) for r in own if r["contender"] == name)
             dashed = "--" if name == "frozen" else "-"
             panel.plot(*zip(*points, strict=True), dashed, marker="o", markersize=3, label=name)
-        panel.set(xlabel=labels[axis], ylabel="step, times frozen" if axis == "rank" else "MiB alive after forward")
+        panel.set(xlabel=AXES[axis], ylabel="step, times frozen" if axis == "rank" else "MiB alive after forward")
         if axis == "rank":
             panel.set_xscale("log", base=2)
         panel.set_ylim(bottom=0)
