@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import visionpeft as vp
 from visionpeft.diffusion.classes import renew_classes
+from visionpeft.diffusion.errors import DiffusionError
 from visionpeft.diffusion.families import Family, family_of
 from visionpeft.diffusion.loading import digest, load_pipeline
+from visionpeft.formats import common
+from visionpeft.methods.textual_inversion import TextualInversion, new_token
+from visionpeft.pipelines.personalisation_settings import WORD_FILE
 from visionpeft.state import read_header
 
 Watch = Callable[[str], None]
@@ -33,8 +38,9 @@ def draw(base: str, adapters: dict[str, float], prompts: Sequence[str], *, base_
         renew_classes(family.denoiser, about["new_classes"], about["seed"])
     _note_base(family, adapters, watch)
     tuners = {f"adapter{i}": vp.load(family.pipe, path, name=f"adapter{i}") for i, path in enumerate(adapters)}
+    words = [word.name for path in adapters if (word := learnt_word(family.pipe, path)) is not None]
     if tuners:
-        vp.activate(family.pipe, dict(zip(tuners, adapters.values(), strict=True)))
+        vp.activate(family.pipe, dict(zip(tuners, adapters.values(), strict=True)) | dict.fromkeys(words, 1.0))
     first = next(iter(adapters), None)
     name = "" if first is None else subject_of(first)
     found = []
@@ -45,7 +51,27 @@ def draw(base: str, adapters: dict[str, float], prompts: Sequence[str], *, base_
     return found
 
 
-def _note_base(family: Family, adapters: Sequence[str] | dict[str, float], watch: Watch | None) -> None:
+def learnt_word(pipe: Any, path: str) -> vp.Tuner | None:
+    """Teach the pipeline the word that was learnt together with an adapter file; None if there was none.
+
+    Raises:
+        DiffusionError: the word's file is not beside the adapter.
+        VisionPEFTError: the pipeline has that word already.
+    """
+    about = _about(path)
+    if not (count := about.get("word_vectors")):
+        return None
+    file = Path(path).expanduser().with_name(WORD_FILE)
+    if not file.is_file():
+        raise DiffusionError(f"{file} is not there: it has the word {about['token']!r} of {path}")
+    ((token, vectors),) = common.read(file)[0].items()
+    method = TextualInversion(vectors=count, first=new_token(pipe.tokenizer, token, count))
+    tuner = vp.attach(pipe, method, name=f"word{method.first}", probe=False)
+    tuner.load_state_dict({name: vectors.view(count, -1) for name in tuner.state_dict()})
+    return tuner
+
+
+def _note_base(family: Family, adapters: Iterable[str], watch: Watch | None) -> None:
     here = digest(family.denoiser)
     for path in adapters:
         about = _about(path)

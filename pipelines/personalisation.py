@@ -3,15 +3,18 @@
     result = run(Config(base="~/stable-diffusion", images="~/cat", class_name="cat", method="krona", out="runs/cat"))
 
 The run folder holds config.json, adapter.safetensors, metrics.jsonl, previews, result.json, report.html and
-checkpoint.pt: a killed run goes on to the same numbers, a finished one can be extended with more `steps`.
+checkpoint.pt: a killed run goes on to the same numbers, a finished one can be extended with more `steps`. A word that
+was learnt besides is in learned_embeds.safetensors.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -27,12 +30,13 @@ from visionpeft.diffusion.errors import DiffusionError
 from visionpeft.diffusion.families import DiT, Family, family_of
 from visionpeft.diffusion.loading import digest, load_pipeline, parts
 from visionpeft.diffusion.prior import class_images
-from visionpeft.diffusion.training import Example, Trainer
+from visionpeft.diffusion.training import WORD_RATE, Example, Trainer
 from visionpeft.diffusion.words import check_token, rare_token
 from visionpeft.errors import FormatError
 from visionpeft.formats import kohya
+from visionpeft.methods.textual_inversion import TextualInversion, new_token, save_embedding
 from visionpeft.pipelines.methods import parse_method
-from visionpeft.pipelines.personalisation_settings import Config, Result
+from visionpeft.pipelines.personalisation_settings import WORD_FILE, Config, Result
 from visionpeft.report.personalisation import report
 from visionpeft.training import make_accelerator, runs
 from visionpeft.training.order import seed_all
@@ -40,7 +44,9 @@ from visionpeft.training.order import seed_all
 __all__ = ["Config", "Result", "bundled", "run"]
 
 Watch = Callable[[str], None]
+Progress = Callable[[int, int, float], None]
 BUNDLED = "bundled:"
+NEW_WORD = "<subject>"
 BLACK = 4  # a picture without a brighter value than this, of 255, is black
 
 
@@ -57,8 +63,7 @@ class Subject:
         return prompt.replace("{}", self.name)
 
 
-def run(config: Config, watch: Watch | None = None, progress: Callable[[int, int, float], None] | None = None,
-        pipe: Any = None) -> Result:  # fmt: skip
+def run(config: Config, watch: Watch | None = None, progress: Progress | None = None, pipe: Any = None) -> Result:
     """Personalise, go on with a killed run, extend a finished one, or return its result.
 
     Args:
@@ -72,7 +77,8 @@ def run(config: Config, watch: Watch | None = None, progress: Callable[[int, int
     """
     watch = watch or (lambda line: None)
     check(config)
-    runs.claim(config.folder, config.identity())
+    if (config.folder / "config.json").exists():
+        runs.claim(config.folder, config.identity())
     done = config.folder / "result.json"
     if done.exists() and (found := Result(**runs.read_json(done))).steps == config.steps:
         return found
@@ -86,12 +92,45 @@ def run(config: Config, watch: Watch | None = None, progress: Callable[[int, int
     prior = _prior(config, family, watch)
     examples, more = _examples(config, family, subject, prior)
     base = digest(family.denoiser)
-    seed_all(config.seed)  # the adapter's own draws
-    tuner = vp.attach(family.pipe, method_of(config), name="subject")
+    with adapters(config, family, subject.token) as tuners:
+        return _train(config, family, tuners, subject, (examples, more), base, accelerator, watch, progress)
+
+
+@contextmanager
+def adapters(config: Config, family: Family, token: str) -> Iterator[list[vp.Tuner]]:
+    """The method's adapter, behind it that of the new word if one learns; afterwards both are gone, and the word is."""
+    seed_all(config.seed)  # the adapters' own draws
+    found: list[vp.Tuner] = []
+    with forgotten_words(family.pipe):
+        try:
+            if config.word_vectors:
+                found.append(_new_word(config, family, token))
+            found.insert(0, vp.attach(family.pipe, method_of(config), name="subject"))
+            yield found
+        finally:
+            for tuner in found:
+                tuner.detach()
+
+
+@contextmanager
+def forgotten_words(pipe: Any) -> Iterator[None]:
+    """Words that the tokenizer is taught meanwhile are gone afterwards."""
+    if (tokenizer := getattr(pipe, "tokenizer", None)) is None:
+        yield
+        return
+    pipe.tokenizer = copy.deepcopy(tokenizer)
     try:
-        return _train(config, family, tuner, subject, (examples, more), base, accelerator, watch, progress)
+        yield
     finally:
-        tuner.detach()
+        pipe.tokenizer = tokenizer
+
+
+def _new_word(config: Config, family: Family, token: str) -> vp.Tuner:
+    """Textual Inversion that starts at the last pieces of the class's name, or at a draw without one."""
+    tokenizer, n = family.pipe.tokenizer, config.word_vectors
+    start = tokenizer(config.class_name or "", add_special_tokens=False).input_ids[-n:]
+    method = TextualInversion(vectors=n, first=new_token(tokenizer, token, n), initial=tuple(start))
+    return vp.attach(family.pipe, method, name="word", probe=False)  # no input of a probe has the word
 
 
 def check(config: Config) -> None:
@@ -103,6 +142,10 @@ def check(config: Config) -> None:
     parse_method(config.method)
     if config.prior and not config.class_name:
         raise DiffusionError("prior preservation draws images of the subject's class: give class_name, such as dog")
+    if isinstance(parse_method(config.method), TextualInversion):
+        raise DiffusionError("a word is learnt together with a method: give word_vectors=1, and a method such as lora")
+    if config.word_vectors < 0:
+        raise DiffusionError(f"word_vectors={config.word_vectors}: expected 0 for none, or a number of vectors")
     for name in ("steps", "batch_size", "accumulation", "crops"):
         if getattr(config, name) < 1:
             raise DiffusionError(f"{name}={getattr(config, name)}: expected at least 1")
@@ -124,8 +167,12 @@ def read(config: Config, family: Family, watch: Watch) -> Subject:
     """The subject's pictures and words.
 
     Raises:
-        VisionPEFTError: no images, a bad one, a token that is several pieces or a known word.
+        VisionPEFTError: no images, a bad one, a token that is several pieces or a known word, a new word for several
+            text encoders or for none.
     """
+    if config.word_vectors and len(family.text_encoders) != 1:
+        raise DiffusionError(f"word_vectors: a new word can be learnt in pipelines of one text encoder, and "
+                             f"{type(family.pipe).__name__} has {len(family.text_encoders)}")  # fmt: skip
     if config.images.startswith(BUNDLED):
         pictures = bundled(config.images.removeprefix(BUNDLED))
     else:
@@ -135,15 +182,16 @@ def read(config: Config, family: Family, watch: Watch) -> Subject:
             raise DiffusionError("a DiT learns a class, not a word: give its number as class_name")
         return Subject(pictures, config.class_name, config.class_name)
     tokenizers = [getattr(family.pipe, name, None) for name in family.tokenizers]
-    token = config.token or rare_token(tokenizers[0])
+    token = config.token or (NEW_WORD if config.word_vectors else rare_token(tokenizers[0]))
     for tokenizer in tokenizers:
-        if tokenizer is not None:
+        if tokenizer is not None and not config.word_vectors:
             check_token(tokenizer, token)
     return Subject(pictures, token, f"{token} {config.class_name}" if config.class_name else token)
 
 
 def bundled(name: str, part: str = "train") -> list[Picture]:
-    """Pictures of a drawn subject of `visionpeft.data.scenes`; `part` is train, or test for other poses.
+    """Pictures of a drawn subject of `visionpeft.data.scenes` with captions that say where it is; `part` is train, or
+    test for other poses.
 
     Raises:
         DiffusionError: there is none of that name.
@@ -153,7 +201,8 @@ def bundled(name: str, part: str = "train") -> list[Picture]:
         names = sorted({key.split("/")[1] for key in file.files})
     if not found:
         raise DiffusionError(f"no bundled subject is called {name!r}: choose one of {', '.join(names)}")
-    return [Picture(Path(key), data, (32, 32)) for key, data in sorted(found.items())]
+    return [Picture(Path(key), data, (32, 32), f"a photo of a {{}} {Path(key).stem.partition(' ')[2]}")
+            for key, data in sorted(found.items())]  # fmt: skip
 
 
 def _prior(config: Config, family: Family, watch: Watch) -> list[Picture]:
@@ -181,9 +230,10 @@ def _examples(config: Config, family: Family, subject: Subject,
     return own, [Example(p, (side, side), str(p.caption)) for p in prior]
 
 
-def account(config: Config, family: Family, tuner: vp.Tuner, subject: Subject, examples: Sequence[Example],
+def account(config: Config, family: Family, tuners: Sequence[vp.Tuner], subject: Subject, examples: Sequence[Example],
             prior: Sequence[Example]) -> list[str]:  # fmt: skip
     """What was found, in lines, as it is printed before the first update."""
+    tuner = tuners[0]
     captions = [p.caption for p in subject.pictures if p.caption is not None]
     sizes: dict[tuple[int, int], int] = {}
     for example in examples:
@@ -195,37 +245,42 @@ def account(config: Config, family: Family, tuner: vp.Tuner, subject: Subject, e
         f"steps: {config.steps}, each of {config.batch_size * config.accumulation} images"
         + (" and as many class images" if prior else ""),
         f"{tuner.method.summary()}: {tuner.num_parameters:,} parameters, {len(tuner.sites)} sites, lr {config.rate:g}",
-        f"memory expected: {memory(config, family, tuner) / 2**20:,.0f} MiB for weights, gradients, optimiser and "
+        f"memory expected: {memory(config, family, tuners) / 2**20:,.0f} MiB for weights, gradients, optimiser and "
         "average; activations come on top",
     ]
+    if config.word_vectors:
+        lines.insert(5, f"new word: {subject.token!r}, {config.word_vectors} vectors, starting at "
+                        f"{config.class_name or 'a draw'!r}, lr {WORD_RATE:g} unless rates say otherwise")  # fmt: skip
     silent = sum(subject.token not in e.prompt for e in examples)
     if silent:
         lines.append(f"NOTE: {silent} captions do not have the token {subject.token!r}: write {{}} where it belongs")
     return lines
 
 
-def memory(config: Config, family: Family, tuner: vp.Tuner) -> int:
-    """Bytes of all weights, and of what learns three more float32 copies (gradient, two moments), with an average four.
+def memory(config: Config, family: Family, tuners: Sequence[vp.Tuner]) -> int:
+    """Bytes of all weights and of what training adds to what learns: gradient, two moments, an average if there is one.
     """
     weights = sum(t.numel() * t.element_size() for p in parts(family.pipe).values() for t in p.state_dict().values())
-    learns = sum(p.numel() for p in tuner.parameters())
+    learns = sum(p.numel() for tuner in tuners for p in tuner.parameters())
     return weights + 4 * learns * (3 if config.ema is None else 4)
 
 
-def _train(config: Config, family: Family, tuner: vp.Tuner, subject: Subject, examples: Any, base: str,
-           accelerator: Any, watch: Watch, progress: Any) -> Result:  # fmt: skip
+def _train(config: Config, family: Family, tuners: Sequence[vp.Tuner], subject: Subject, examples: Any, base: str,
+           accelerator: Any, watch: Watch, progress: Progress | None) -> Result:  # fmt: skip
     prompt = examples[0][0].prompt
-    result = Result(config.base, config.method, subject.token, prompt, parameters=tuner.num_parameters,
-                    folder=str(config.folder), versions=_versions())  # fmt: skip
-    result.account = account(config, family, tuner, subject, *examples)
+    result = Result(config.base, config.method, subject.token, prompt, folder=str(config.folder), versions=_versions(),
+                    parameters=sum(tuner.num_parameters for tuner in tuners))  # fmt: skip
+    result.account = account(config, family, tuners, subject, *examples)
     for line in result.account:
         watch(line)
     own, prior = examples
-    trainer = Trainer(config, family, tuner, own, prior, accelerator, config.folder)
+    prompts = [subject.fill(p) for p in config.previews] if not isinstance(family, DiT) else [subject.name]
+    family.check([*(e.prompt for e in (*own, *prior)), *prompts])
+    trainer = Trainer(config, family, tuners, own, prior, accelerator, config.folder)
+    runs.claim(config.folder, config.identity())  # only now, so that settings that were refused leave no folder
     family.train()
     if config.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
-    prompts = [subject.fill(p) for p in config.previews] if not isinstance(family, DiT) else [subject.name]
     begin = time.perf_counter()
 
     def after(step: int) -> None:
@@ -247,9 +302,9 @@ def preview(config: Config, family: Family, trainer: Trainer, prompts: Sequence[
     """Draw the previews with what would be saved now; a black one is told in the notes."""
     if not trainer.accelerator.is_main_process:
         return
-    kept = {name: t.clone() for name, t in trainer.tuner.state_dict().items()}
+    kept = {name: t.clone() for name, t in trainer.state().items()}
     training = family.denoiser.training
-    trainer.tuner.load_state_dict({name: t.clone() for name, t in trainer.result().items()})
+    trainer.load(trainer.result())
     family.train(False)
     for i, prompt in enumerate(prompts):
         (image,) = family.draw([prompt], [config.seed + i], config.inference_steps, config.guidance)
@@ -258,13 +313,13 @@ def preview(config: Config, family: Family, trainer: Trainer, prompts: Sequence[
                          "overflows in the autoencoder")  # fmt: skip
         with runs.replacing(config.folder / "previews" / f"{step:06d}_{i}.png") as temporary:
             image.save(temporary, format="PNG")
-    trainer.tuner.load_state_dict(kept)
+    trainer.load(kept)
     family.train(training)
 
 
 def _finish(config: Config, family: Family, trainer: Trainer, subject: Subject, base: str, result: Result,
             watch: Watch) -> Result:  # fmt: skip
-    trainer.tuner.load_state_dict({name: t.clone() for name, t in trainer.result().items()})
+    trainer.load(trainer.result())
     result.steps, result.segments = trainer.step, trainer.segments
     last = trainer.losses[-max(1, len(trainer.losses) // 10) :]
     result.loss = sum(last) / len(last)
@@ -272,7 +327,9 @@ def _finish(config: Config, family: Family, trainer: Trainer, subject: Subject, 
     if trainer.accelerator.is_main_process:
         trainer.tuner.save(path, base=config.base, token=subject.token, prompt=result.prompt,
                            class_name=config.class_name, denoiser=base, new_classes=config.new_classes,
-                           seed=config.seed)  # fmt: skip
+                           word_vectors=config.word_vectors, seed=config.seed)  # fmt: skip
+        if config.word_vectors:
+            save_embedding(trainer.tuners[1], config.folder / WORD_FILE, subject.token)
         result.file_bytes = path.stat().st_size
         if config.kohya:
             _write_kohya(trainer.tuner, config.folder / "adapter_kohya.safetensors", result.notes)

@@ -26,7 +26,8 @@ from visionpeft.diffusion.loading import load_pipeline
 from visionpeft.diffusion.words import rare_token
 from visionpeft.errors import require
 from visionpeft.models.nano import CLASSES
-from visionpeft.pipelines.personalisation import BUNDLED, bundled, run
+from visionpeft.pipelines.generation import learnt_word, subject_of
+from visionpeft.pipelines.personalisation import BUNDLED, Progress, Watch, bundled, forgotten_words, run
 from visionpeft.pipelines.personalisation_settings import Config, Result
 from visionpeft.report import page
 from visionpeft.report.personalisation import sheet
@@ -89,9 +90,9 @@ def judges(seed: int = 17) -> Judges:
     return Judges(features, of_toys, of_places, classes, accuracy)
 
 
-def measure(family: Family, judges: Judges, subject: str, token: str, config: Config) -> tuple[list[float], list[Any]]:
-    """The three figures as fractions, and a few of the images."""
-    name = f"{token} {config.class_name}"
+def measure(family: Family, judges: Judges, name: str, config: Config) -> tuple[list[float], list[Any]]:
+    """The three figures as fractions, and a few of the images; `name` is what the subject is called."""
+    subject = config.images.removeprefix(BUNDLED)
 
     def draw(prompts: list[str], seed: int) -> list[Any]:
         found = []
@@ -111,6 +112,20 @@ def measure(family: Family, judges: Judges, subject: str, token: str, config: Co
     return [float(hits.mean()) for hits in (toys, places, classes)], own[:6] + there[::PLACE_IMAGES]
 
 
+def learn(family: Family, judges: Judges, config: Config, watch: Watch | None = None,
+          progress: Progress | None = None) -> tuple[Result, list[float], list[Any]]:  # fmt: skip
+    """Personalise a bundled subject, then `measure` with what was learnt; the pipeline is left as it was."""
+    result, path = run(config, watch, progress, pipe=family.pipe), str(config.folder / "adapter.safetensors")
+    with forgotten_words(family.pipe):
+        tuners = [vp.load(family.pipe, path, name="shown"), learnt_word(family.pipe, path)]
+        try:
+            return result, *measure(family, judges, subject_of(path), config)
+        finally:
+            for tuner in tuners:
+                if tuner is not None:
+                    tuner.detach()
+
+
 def demo(watch: Callable[[str], None], status: Callable[[str], None], config: Config = DEMO,
          methods: dict[str, float] | None = None) -> tuple[list[str], list[list[str]], Path]:  # fmt: skip
     """Personalise by each method, measure, write sheet.png, result.json and report.html.
@@ -119,14 +134,14 @@ def demo(watch: Callable[[str], None], status: Callable[[str], None], config: Co
         head and rows of the table, and the folder.
     """
     family = family_of(load_pipeline(config.base))
-    subject, token = config.images.removeprefix(BUNDLED), rare_token(family.pipe.tokenizer)
     status("fitting the judges")
     jury = judges()
     watch(f"judges: right on {100 * jury.accuracy[0]:.0f} % of further drawings of the five toys, on "
           f"{100 * jury.accuracy[1]:.0f} % of places")  # fmt: skip
     status("drawing before")
-    before, images = measure(family, jury, subject, token, config)
-    pictures = {"real": [p.open() for p in bundled(subject)], "before": images}
+    name = scenes.CLASS if config.word_vectors else f"{rare_token(family.pipe.tokenizer)} {scenes.CLASS}"
+    before, images = measure(family, jury, name, config)
+    pictures = {"real": [p.open() for p in bundled(config.images.removeprefix(BUNDLED))], "before": images}
     rows, found = [_row("before", None, before)], {"before": before}
     for text, lr in (METHODS if methods is None else methods).items():
         name = text.partition(":")[0]
@@ -135,11 +150,7 @@ def demo(watch: Callable[[str], None], status: Callable[[str], None], config: Co
         def tell(done: int, total: int, loss: float, name: str = name) -> None:
             status(f"{name}: {done} of {total} updates")
 
-        result = run(one, watch, tell, pipe=family.pipe)
-        status(f"{name}: drawing after")
-        tuner = vp.load(family.pipe, one.folder / "adapter.safetensors", name="shown")
-        found[name], pictures[name] = measure(family, jury, subject, token, config)
-        tuner.detach()
+        result, found[name], pictures[name] = learn(family, jury, one, watch, tell)
         rows.append(_row(name, result, found[name]))
     _write(config.folder, rows, found, pictures, jury, config)
     return HEAD, rows, config.folder

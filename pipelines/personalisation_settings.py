@@ -9,6 +9,9 @@ from typing import Any
 RATES = {"krona": 5e-4, "difffit": 1e-3, "svfit": 1e-3, "ssf": 1e-3, "bitfit": 1e-3}
 """Learning rates of the methods' papers or scripts; 1e-4 for all others."""
 
+WORD_FILE = "learned_embeds.safetensors"
+"""Where a learnt word lies, beside the adapter; `pipe.load_textual_inversion` reads it."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -26,7 +29,11 @@ class Config:
     """Folder of the run."""
 
     token: str | None = None
-    """Word for the subject; by default the rarest of the vocabulary that is whole and has no vowel, but not sks."""
+    """Word for the subject; by default the rarest of the vocabulary that is whole and has no vowel, but not sks; a new
+    word is by default <subject>."""
+    word_vectors: int = 0
+    """Vectors of a new word that learns together with the method (pivotal tuning); they start at the class's name. With
+    0 the token is a rare word of the vocabulary, whose vector stays as it is."""
     class_name: str | None = None
     """What the subject is, such as dog."""
     prompt: str = "a photo of a {}"
@@ -62,7 +69,8 @@ class Config:
     lr: float | None = None
     """By default the paper's for the method."""
     rates: tuple[str, ...] = ()
-    """Other rates for roles or path globs, such as query=1e-4 "text_encoder.*=1e-5"; the last that fits counts."""
+    """Other rates for roles or path globs, such as query=1e-4 "text_encoder.*=1e-5"; the last that fits counts. A new
+    word has 1e-3 (Mix-of-Show, arXiv 2305.18292), or what "*token_embedding*=..." says."""
     schedule: str = "constant"
     """constant or cosine. An extended run goes on at the constant rate, as if it had been that long from the start;
     with cosine the added updates have a cosine of their own from the full rate, without warm-up."""

@@ -235,7 +235,10 @@ def figures(args: argparse.Namespace) -> None:
 
 
 def subjects(args: argparse.Namespace) -> None:
-    """The five subjects as PNG files in one npz: five to learn from and five other poses, each on its own ground."""
+    """The five subjects as PNG files in one npz: five to learn from and five other poses, each on its own ground.
+
+    Names say part, subject, number and ground: "train/bee/0 on a beach.png".
+    """
     import io
 
     arrays: dict[str, np.ndarray] = {}
@@ -245,9 +248,8 @@ def subjects(args: argparse.Namespace) -> None:
         for i, where in enumerate(places):
             file = io.BytesIO()
             scenes.picture(toy, str(where), rng).save(file, "PNG")
-            arrays[f"{'train' if i < args.poses else 'test'}/{name}/{i % args.poses}.png"] = np.frombuffer(
-                file.getvalue(), np.uint8
-            )
+            part = "train" if i < args.poses else "test"
+            arrays[f"{part}/{name}/{i % args.poses} {where}.png"] = np.frombuffer(file.getvalue(), np.uint8)
     np.savez(Path(args.out) / "nano_subjects.npz", **arrays)
 
 

@@ -145,7 +145,7 @@ def trainer(config: Config, pipe: Any, folder: Path) -> Trainer:
     prior = personalisation._prior(config, family, lambda line: None)
     examples, more = personalisation._examples(config, family, subject, prior)
     tuner = vp.attach(pipe, personalisation.method_of(config), name="subject")
-    return Trainer(config, family, tuner, examples, more, make_accelerator(), folder)
+    return Trainer(config, family, [tuner], examples, more, make_accelerator(), folder)
 
 
 def test_the_first_loss_written_out(config: Config, pipe: Any, tmp_path: Path) -> None:
@@ -227,15 +227,15 @@ def test_average(config: Config, pipe: Any, tmp_path: Path) -> None:
 def test_rates_by_role_and_path(pipe: Any) -> None:
     tuner = vp.attach(pipe, vp.LoRA(rank=2), name="rates")
     try:
-        found = groups(tuner, 1e-3, ["query=1e-4", "unet.up_blocks.*=5e-4"])
+        found = groups([tuner], 1e-3, ["query=1e-4", "unet.up_blocks.*=5e-4"])
         rate = {id(p): g["lr"] for g in found for p in g["params"]}
-        assert len(rate) == len(learning(tuner))
+        assert len(rate) == len(learning([tuner]))
         for site, module in tuner.adapters.items():
             wanted = 5e-4 if site.path.startswith("unet.up") else 1e-4 if site.role == "query" else 1e-3
             assert {rate[id(p)] for p in module.parameters()} == {wanted}
         for bad, message in (("nothing.*=1", "fits nothing"), ("query", "role=rate"), ("query=x", "role=rate")):
             with pytest.raises(DiffusionError, match=message):
-                groups(tuner, 1e-3, [bad])
+                groups([tuner], 1e-3, [bad])
     finally:
         tuner.detach()
 

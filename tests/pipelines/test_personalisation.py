@@ -25,7 +25,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import visionpeft as vp  # noqa: E402
 from visionpeft.cli import main  # noqa: E402
-from visionpeft.data.scenes import SUBJECTS  # noqa: E402
+from visionpeft.data import scenes  # noqa: E402
 from visionpeft.diffusion import DiffusionError, load_pipeline  # noqa: E402
 from visionpeft.diffusion.scores import LIVE_PROMPTS, OBJECT_PROMPTS, Encoder, among, scores  # noqa: E402
 from visionpeft.errors import VisionPEFTError  # noqa: E402
@@ -112,6 +112,8 @@ def test_a_black_preview_is_told(config: Config, pipe: Any, monkeypatch: Any) ->
     ({"images": "bundled:nobody"}, "choose one of bee, cow, frog, imp, robo"),
     ({"images": "/nowhere"}, "no such folder"),
     ({"resolution": 18}, "multiples of 4"),
+    ({"method": "textual_inversion"}, "together with a method"),
+    ({"word_vectors": 1, "token": "b"}, "'b' is a word of this tokenizer already"),
     ({"min_snr": 5.0, "schedule": "linear"}, "expected constant or cosine"),
     ({"rates": ("quary=1",)}, "'quary' fits nothing"),
 ])  # fmt: skip
@@ -120,6 +122,7 @@ def test_bad_settings(config: Config, pipe: Any, fields: dict[str, Any], message
     with pytest.raises(VisionPEFTError, match=message):
         run(replace(config, **fields), pipe=pipe)
     after = pipe.unet.state_dict()
+    assert not config.folder.exists(), "the folder is taken by settings that were refused"
     assert not vp.tuners(pipe) and before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
@@ -158,6 +161,58 @@ def test_draw(config: Config, pipe: Any, base: str) -> None:
     plain = pipe("a", num_inference_steps=2, generator=torch.Generator().manual_seed(4)).images[0]
     ((_, none),) = draw(base, {path: 0.0}, ["a"], seed=4, steps=2)
     assert none.tobytes() == plain.tobytes()
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_new_word_learns_together_with_a_method(config: Config, pipe: Any, tmp_path: Path) -> None:
+    """Pivotal tuning: both move, a killed run goes on to the same bits, and diffusers reads the word."""
+    pivotal = replace(config, word_vectors=2, train_text=True, ema=0.9, prompt="a {} b", score_images=0)
+    told: list[str] = []
+    result = run(pivotal, told.append, pipe=pipe)
+    assert told[5] == "new word: '<subject>', 2 vectors, starting at 'c', lr 0.001 unless rates say otherwise"
+    assert len(pipe.tokenizer) == 48 and not vp.tuners(pipe), "the word was left behind"
+    ((token, vectors),) = load_file(pivotal.folder / "learned_embeds.safetensors").items()
+    (c,) = pipe.tokenizer("c", add_special_tokens=False).input_ids
+    start = pipe.text_encoder.get_input_embeddings().weight[[c, c]].detach()
+    assert token == "<subject>" and vectors.shape == (2, 16) and 1e-4 < float((vectors - start).abs().max()) < 1e-2
+    state = load_file(pivotal.folder / "adapter.safetensors")
+    assert result.parameters == 32 + sum(t.numel() for t in state.values())
+    for part in ("unet.", "text_encoder."):
+        assert any(t.any() for key, t in state.items() if key.startswith(part) and key.endswith(".b"))
+
+    def kill(done: int, steps: int, loss: float) -> None:
+        if done == 2:
+            raise Killed
+
+    broken = replace(pivotal, out=str(tmp_path / "broken"))
+    with pytest.raises(Killed):
+        run(broken, progress=kill, pipe=pipe)
+    run(broken, pipe=pipe)
+    for name in ("adapter.safetensors", "learned_embeds.safetensors"):
+        a, b = (load_file(folder / name) for folder in (pivotal.folder, broken.folder))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+    path = pivotal.folder / "adapter.safetensors"
+    ((prompt, found),) = draw(config.base, {str(path): 1.0}, ["a {} b"], seed=4, steps=2)
+    other = load_pipeline(config.base)
+    vp.load(other, path)
+    other.load_textual_inversion(str(pivotal.folder / "learned_embeds.safetensors"))
+    wanted = other("a <subject> c b", num_inference_steps=2, generator=torch.Generator().manual_seed(4)).images[0]
+    assert prompt == "a <subject> c b"
+    assert np.abs(np.asarray(found, dtype=int) - np.asarray(wanted, dtype=int)).max() <= 1, "diffusers reads other rows"
+    with pytest.raises(DiffusionError, match="25 tokens and the text encoder reads 24"):
+        draw(config.base, {str(path): 1.0}, ["{} " + "a " * 20], steps=1)
+    (pivotal.folder / "learned_embeds.safetensors").unlink()
+    with pytest.raises(DiffusionError, match=r"learned_embeds.safetensors is not there: it has the word '<subject>'"):
+        draw(config.base, {str(path): 1.0}, ["a"], steps=1)
+
+
+def test_a_new_word_needs_one_text_encoder(config: Config) -> None:
+    with pytest.raises(DiffusionError, match="StableDiffusionXLPipeline has 2"):
+        run(replace(config, word_vectors=1), pipe=tiny_pipelines.sdxl())
 
 
 def test_an_adapter_of_another_base(config: Config, pipe: Any, tmp_path: Path) -> None:
@@ -271,10 +326,12 @@ def test_dreambench_prompts_are_the_published_ones() -> None:
 
 
 def test_bundled_subjects() -> None:
-    for name in SUBJECTS:
+    for name in scenes.SUBJECTS:
         pictures = bundled(name), bundled(name, "test")
         assert [len(p) for p in pictures] == [5, 5]
         assert len({p.digest for part in pictures for p in part}) == 10
+        places = [p.caption.removeprefix("a photo of a {} ") for part in pictures for p in part if p.caption]
+        assert len(set(places)) == 10 and set(places) <= {*scenes.BACKGROUNDS, *scenes.PLAIN}
         assert all(p.open().size == (32, 32) for part in pictures for p in part)
 
 

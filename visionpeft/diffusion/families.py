@@ -84,15 +84,20 @@ class Family:
         for part in (self.denoiser, *self.text_encoders.values()):
             part.train(mode)
 
-    def text(self, prompts: Sequence[str]) -> Conditions:
-        """Conditions of prompts, with gradients if a text encoder learns.
+    def check(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that a text encoder would cut.
 
         Raises:
             DiffusionError: a prompt has more tokens than the encoder reads.
         """
         for name in self.tokenizers:
             if (tokenizer := getattr(self.pipe, name, None)) is not None:
-                check_lengths(tokenizer, prompts)
+                spread = getattr(self.pipe, "maybe_convert_prompt", None)  # a learnt word may have several vectors
+                check_lengths(tokenizer, spread(list(prompts), tokenizer) if spread else prompts)
+
+    def text(self, prompts: Sequence[str]) -> Conditions:
+        """Conditions of prompts, with gradients if a text encoder learns; raises as `check` does."""
+        self.check(prompts)
         return self._text(list(prompts))
 
     def _text(self, prompts: list[str]) -> Conditions:

@@ -121,14 +121,15 @@ def compare(config: Any, family: Family, tuner: Any, subject: Any, result: Any) 
     said = [p.replace("{}", config.class_name or "thing") for p in prompts]
     real = [picture.open() for picture in subject.pictures]
 
-    def draw() -> list[Any]:
-        return [image for i, p in enumerate(prompts)
-                for image in family.draw([subject.fill(p)], [config.seed + i], config.inference_steps,
+    def draw(words: Sequence[str]) -> list[Any]:
+        return [image for i, text in enumerate(words)
+                for image in family.draw([text], [config.seed + i], config.inference_steps,
                                          config.guidance)]  # fmt: skip
 
+    filled = [subject.fill(p) for p in prompts]
     with tuner.disabled():
-        before = draw()
-    after = draw()
+        before = draw(said if config.word_vectors else filled)  # the base does not know a new word
+    after = draw(filled)
     result.before, result.after = (scores(images, said, real, dino, clip) for images in (before, after))
     result.real = {"dino": among(dino.images(real)), "clip_i": among(clip.images(real))}
     step = config.score_images

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,11 +23,14 @@ from visionpeft.diffusion import objective
 from visionpeft.diffusion.caching import Latents, Texts
 from visionpeft.diffusion.errors import DiffusionError
 from visionpeft.diffusion.families import Conditions, Family
+from visionpeft.methods.textual_inversion import TextualInversion
 from visionpeft.sites import ROLES
 from visionpeft.training import checkpoint, runs
 from visionpeft.training.loop import DivergedError
 from visionpeft.training.order import mix, seed_all
 from visionpeft.tuner import Tuner
+
+WORD_RATE = 1e-3  # Mix-of-Show's for embeddings
 
 
 @dataclass(frozen=True)
@@ -82,19 +85,25 @@ class Schedule:
         return rising * falling
 
 
-def learning(tuner: Tuner) -> dict[str, nn.Parameter]:
+def learning(tuners: Sequence[Tuner]) -> dict[str, nn.Parameter]:
     """What learns, by the name it has in the adapter file; a tensor of several sites once."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, tensor in tuner._named():
+    for name, tensor in _named(tuners):
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())
 
 
-def groups(tuner: Tuner, lr: float, rates: Sequence[str]) -> list[dict[str, Any]]:
+def _named(tuners: Sequence[Tuner]) -> Iterator[tuple[str, Tensor]]:
+    for tuner in tuners:
+        yield from tuner._named()
+
+
+def groups(tuners: Sequence[Tuner], lr: float, rates: Sequence[str]) -> list[dict[str, Any]]:
     """Parameter groups by rate, {"params", "lr", "base"}.
 
     Args:
+        lr: of all but new words, which have `WORD_RATE`.
         rates: "role=rate" or "glob=rate"; the last that fits a tensor counts.
 
     Raises:
@@ -102,15 +111,18 @@ def groups(tuner: Tuner, lr: float, rates: Sequence[str]) -> list[dict[str, Any]
     """
     given = [_rate(text) for text in rates]
     used: set[str] = set()
-    sites = {str(site): site for site in tuner.adapters}
+    sites = {str(site): site for tuner in tuners for site in tuner.adapters}
+    words = {id(p) for tuner in tuners if isinstance(tuner.method, TextualInversion) for p in tuner.parameters()}
     by_rate: dict[float, list[nn.Parameter]] = {}
-    for name, p in learning(tuner).items():
+    learns = learning(tuners)
+    for name, p in learns.items():
         role = next((s.role for key, s in sites.items() if name.startswith(f"{key}.")), "")
         fitting = [(word, rate) for word, rate in given if word == role or fnmatchcase(name, word)]
         used |= {word for word, _ in fitting}
-        by_rate.setdefault(fitting[-1][1] if fitting else lr, []).append(p)
+        usual = WORD_RATE if id(p) in words else lr
+        by_rate.setdefault(fitting[-1][1] if fitting else usual, []).append(p)
     if unused := [word for word, _ in given if word not in used]:
-        raise DiffusionError(f"rates: {unused[0]!r} fits nothing that learns, such as {next(iter(learning(tuner)))}")
+        raise DiffusionError(f"rates: {unused[0]!r} fits nothing that learns, such as {next(iter(learns))}")
     return [{"params": params, "lr": rate, "base": rate} for rate, params in by_rate.items()]
 
 
@@ -126,18 +138,19 @@ def _rate(text: str) -> tuple[str, float]:
 
 
 class Trainer:
-    """The state of one personalisation."""
+    """The state of one personalisation; the first of `tuners` is the method's, a second that of a new word."""
 
-    def __init__(self, config: Any, family: Family, tuner: Tuner, examples: Sequence[Example],
+    def __init__(self, config: Any, family: Family, tuners: Sequence[Tuner], examples: Sequence[Example],
                  prior: Sequence[Example], accelerator: Any, folder: Path) -> None:  # fmt: skip
-        self.config, self.family, self.tuner, self.accelerator, self.folder = config, family, tuner, accelerator, folder
+        self.config, self.family, self.accelerator, self.folder = config, family, accelerator, folder
+        self.tuners, self.tuner = tuners, tuners[0]
         self.batches, self.prior = Batches(examples, config.batch_size, config.seed), prior
         self.cache = Path(config.cache).expanduser()
         self.latents = Latents(family.pipe, self.cache)
-        self.texts = None if config.train_text else Texts(family, self.cache)
+        self.texts = None if config.train_text or config.word_vectors else Texts(family, self.cache)
         self.schedule = Schedule(config.schedule, config.warmup)
-        self.learns = learning(tuner)
-        optimizer = torch.optim.AdamW(groups(tuner, config.rate, config.rates), weight_decay=config.weight_decay)
+        self.learns = learning(tuners)
+        optimizer = torch.optim.AdamW(groups(tuners, config.rate, config.rates), weight_decay=config.weight_decay)
         self.optimizer = accelerator.prepare(optimizer)
         self.average = None if config.ema is None else {k: p.detach().clone() for k, p in self.learns.items()}
         self.losses: list[float] = []
@@ -257,12 +270,21 @@ class Trainer:
 
     # ---- what is kept
 
+    def state(self) -> dict[str, Tensor]:
+        """All tensors of the adapters as they are, not copied."""
+        return {name: p.detach() for name, p in _named(self.tuners)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy in what `state` or `result` gave."""
+        for tuner in self.tuners:
+            tuner.load_state_dict({name: state[name] for name in tuner.state_dict()})
+
     def result(self) -> dict[str, Tensor]:
-        """All tensors of the adapter, what learnt as its average if there is one; a tied tensor under all its names."""
+        """All tensors, what learnt as its average if there is one; a tied tensor under all its names."""
         if self.average is None:
-            return self.tuner.state_dict()
+            return self.state()
         first = {id(p): name for name, p in self.learns.items()}
-        return {name: self.average[first[id(p)]] if id(p) in first else p.detach() for name, p in self.tuner._named()}
+        return {name: self.average[first[id(p)]] if id(p) in first else p.detach() for name, p in _named(self.tuners)}
 
     def rows(self) -> list[dict[str, float]]:
         base = self.config.rate
@@ -274,7 +296,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             checkpoint.write(self.folder / "checkpoint.pt", {
-                "adapter": self.tuner.state_dict(), "average": self.average, "losses": self.losses,
+                "adapter": self.state(), "average": self.average, "losses": self.losses,
                 "optimizer": self.optimizer.state_dict(), "segments": self.segments,
                 "scaler": None if scaler is None else scaler.state_dict(),
             })  # fmt: skip
@@ -285,7 +307,7 @@ class Trainer:
         path, steps = self.folder / "checkpoint.pt", self.config.steps
         if path.exists():
             state = checkpoint.read(path)
-            self.tuner.load_state_dict(state["adapter"])
+            self.load(state["adapter"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.losses, self.segments = list(state["losses"]), list(state["segments"])
             if self.average is not None:
