@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from visionpeft.errors import MergeError, MethodError, SiteError
 
 if TYPE_CHECKING:
-    from visionpeft.sites import Backbone, Site, Targets
+    from visionpeft.sites import Backbone, Site
+    from visionpeft.targets import Targets
 
 
 class Forgiving(nn.Module):
@@ -170,7 +171,7 @@ class Method:
 
     def choose(self, backbone: Backbone) -> list[Site]:
         """The sites that this method adapts in a backbone."""
-        from visionpeft.sites import choose_among
+        from visionpeft.targets import choose_among
 
         sites: Sequence[Site] = backbone.sites(self.tower)
         if self.targets is not None:

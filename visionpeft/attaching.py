@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from visionpeft.activation import LEARNT, Learnt, Registry
 from visionpeft.adapter import Adapter, Method
 from visionpeft.errors import SiteError, VisionPEFTError
 from visionpeft.methods import METHODS
-from visionpeft.sites import Backbone, Site, inside, kind_of
+from visionpeft.sites import Backbone, Site, kind_of
+from visionpeft.targets import trained_tensors
 from visionpeft.tuner import Tuner
 
 
@@ -144,40 +144,6 @@ def check_sites(method: Method, sites: Sequence[Site], backbone: Backbone) -> No
         more = f" (and {len(refused) - 1} more sites)" if len(refused) > 1 else ""
         shape = "x".join(map(str, site.shape))
         raise SiteError(f"{type(method).__name__} cannot act at {site} [{site.kind} {shape}]: {why}{more}")
-
-
-def trained_tensors(backbone: Backbone, train: str | Sequence[str] | None) -> list[tuple[str, str]]:
-    """(path, name) of the parameters that `train=` means.
-
-    Raises:
-        SiteError: a glob matches no parameter, or the model has no classifier.
-    """
-    globs = train.split() if isinstance(train, str) else list(train or ())
-    heads = backbone.heads()
-    found: list[tuple[str, str]] = []
-    tensors = [(path, name, f"{path}.{name}" if path else name) for path, _, name in backbone.named_tensors()]
-    for glob in globs:
-        if glob == "head":
-            hits = [(p, n) for p, n, _ in tensors if inside(p, heads)]
-            hits += [(p, n) for p, n in statistics(backbone) if inside(p, heads)]
-            why = "the model has no classifier: create it with num_classes, or name the parameters"
-        else:
-            hits = [(p, n) for p, n, full in tensors if fnmatchcase(full, glob) or fnmatchcase(full, glob + ".*")]
-            why = f"no parameter matches; names look like {', '.join(full for *_, full in tensors[-3:])}"
-        if not hits:
-            raise SiteError(f"train={glob!r}: {why}")
-        found += [key for key in hits if key not in found]
-    return found
-
-
-def statistics(backbone: Backbone) -> list[tuple[str, str]]:
-    """(path, name) of the running statistics of all BatchNorms."""
-    norms = (
-        (path, name)
-        for path, module, name in backbone.named_tensors(buffers=True)
-        if name in module._buffers and isinstance(module, nn.modules.batchnorm._BatchNorm)
-    )
-    return list(norms)
 
 
 def _warn_head(backbone: Backbone, sites: Sequence[Site], trained: list[tuple[str, str]]) -> None:

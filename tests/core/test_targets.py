@@ -13,7 +13,8 @@ from torch import nn
 
 import visionpeft as vp
 from visionpeft.errors import SiteError
-from visionpeft.sites import KINDS, ROLES, Backbone, choose_among
+from visionpeft.sites import KINDS, ROLES, Backbone
+from visionpeft.targets import choose_among
 
 BACKBONE = Backbone(vit())
 SITES = BACKBONE.sites()

@@ -33,7 +33,8 @@ from visionpeft.adapter import Adapter, factory
 from visionpeft.errors import MethodError, SiteError
 from visionpeft.methods.in_place import InPlace
 from visionpeft.methods.ssf import Rescaling, source_of
-from visionpeft.sites import Backbone, Site, choose_among, inside, kind_of
+from visionpeft.sites import Backbone, Site, inside, kind_of
+from visionpeft.targets import choose_among
 
 PLACEMENTS: dict[str, dict[str, int]] = {  # role -> how many vectors
     "block": {"attn_out": 1, "mlp_out": 1},

@@ -18,7 +18,8 @@ from torch import nn
 
 from visionpeft.adapter import Adapter, Method
 from visionpeft.errors import SiteError
-from visionpeft.sites import Backbone, Site, choose_among, inside, kind_of
+from visionpeft.sites import Backbone, Site, inside, kind_of
+from visionpeft.targets import choose_among
 
 
 @dataclass(frozen=True)

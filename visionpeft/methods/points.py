@@ -14,6 +14,7 @@ from visionpeft import backbones
 from visionpeft.adapter import Adapter, Method
 from visionpeft.errors import SiteError
 from visionpeft.sites import Backbone, Site, inside
+from visionpeft.targets import statistics
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,6 @@ class PointMethod(Method):
     def learns(self, sites: Sequence[Site], backbone: Backbone) -> list[tuple[str, str]]:
         found = [(path, name) for path, _, name in backbone.named_tensors() if name in ("cls_token", "cls_pos")]
         if self.legacy:
-            from visionpeft.attaching import statistics
-
             found += [key for key in statistics(backbone) if not inside(key[0], backbone.heads())]
         return found
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from visionpeft import binding
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.errors import FormatError, MethodError, SiteError, VisionPEFTError
-from visionpeft.sites import Backbone, Site, choose_among
+from visionpeft.sites import Backbone, Site
+from visionpeft.targets import choose_among
 from visionpeft.tuner import Tuner
 
 
