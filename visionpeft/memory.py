@@ -171,8 +171,19 @@ def _of_input(fn: Callable[[Tensor], Tensor], node: Any) -> Recipe | None:
 
 
 def _product(node: Any) -> Recipe | None:
+    """Both factors, or one that does not learn (weight of an RMSNorm, LayerScale) and what makes the other again."""
     saved = _saved(node, "self", "other")
-    return None if saved is None or any(t is None for t in saved) else Recipe(torch.mul, tuple(saved))
+    if saved is None:
+        return None
+    lost = [i for i, t in enumerate(saved) if t is None]
+    if not lost:
+        return Recipe(torch.mul, tuple(saved))
+    before = node.next_functions[lost[0]][0]
+    kind = _KINDS.get(type(before).__name__)
+    source = kind(before) if kind else None
+    if source is None:
+        return None
+    return Recipe(lambda *t: source.make(*t[:-1]) * t[-1], (*source.tensors, saved[1 - lost[0]]))
 
 
 def _bmm(node: Any) -> Recipe | None:

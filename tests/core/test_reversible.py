@@ -215,6 +215,21 @@ def test_compiled_and_copied_it_computes_the_same():
     torch.testing.assert_close(compiled(X), y, rtol=1e-4, atol=1e-4)
 
 
+def test_compiled_block_by_block():
+    model, tuner = attached()
+    y = model(X)
+    expected = gradients(tuner, y)
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    found = model(X)
+    torch.testing.assert_close(found, y, rtol=1e-5, atol=1e-5)
+    assert close(gradients(tuner, found), expected, 1e-4)
+    model.blocks[2].compile(backend="aot_eager")
+    model.blocks[3]._compiled_call_impl = None
+    with pytest.raises(VisionPEFTError, match="compiled some of them alone"):
+        model(X)
+
+
 def test_overflow_and_nan_are_seen():
     model, tuner = attached(12)
     x = X.clone()
