@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_points import TINY, points
 from torch.utils.checkpoint import checkpoint
 
@@ -95,6 +97,36 @@ def test_a_cloud_does_not_see_the_others_unless_legacy_wants_it():
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
     legacy, _ = adapted(legacy=True)
     assert not torch.allclose(legacy(x), torch.cat([legacy(x[i : i + 1]) for i in range(3)]), atol=1e-4)
+
+
+def test_clouds_of_fewer_points_than_centres_and_of_one_place_are_safe():
+    """Centres repeat: outputs and gradients are finite, and are those that a cloud has by itself."""
+    model, tuner = adapted()
+    x = torch.stack([points(1)[0, :5], torch.zeros(5, 3, dtype=torch.float64)])
+    y = model(x)
+    torch.testing.assert_close(y, torch.cat([model(x[:1]), model(x[1:])]), rtol=1e-10, atol=1e-12)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tuner.parameters())
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.floats(-3, 3))
+def test_what_a_branch_adds_depends_on_its_cloud_alone(seed, size):
+    """Not on the other clouds of the batch, whatever their size, nor on the order of the tokens."""
+    adapter = next(iter(adapted()[1].adapters.values()))
+    generator = torch.Generator().manual_seed(seed)
+    centres, x = (torch.randn(3, n, d, generator=generator, dtype=torch.float64) for n, d in ((8, 3), (9, 12)))
+    centres[1] *= 10**size
+
+    def branch(x, centres):
+        return adapter.branch(x, point_spectrum.spectrum(centres, 4))
+
+    together = branch(x, centres)
+    alone = torch.cat([branch(x[i : i + 1], centres[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-8, atol=1e-9)
+    order = torch.randperm(8, generator=generator)
+    tokens = torch.cat([torch.zeros(1, dtype=torch.long), 1 + order])
+    torch.testing.assert_close(branch(x[:, tokens], centres[:, order]), together[:, tokens], rtol=1e-5, atol=1e-6)
 
 
 def test_tokens_in_another_order_give_the_same_but_for_legacy():

@@ -123,6 +123,19 @@ def test_centres_upon_one_another_are_safe(points):
     assert s.values.isfinite().all() and s.values.abs().min() < 1e-6 and s.parts.isfinite().all()
 
 
+@some
+@given(seeds, sizes, st.integers(1, 40), st.sampled_from([0.0, 1e-12, 1e-7, 1e-4]))
+def test_any_number_of_centres_may_share_their_places(seed, count, places, apart):
+    """The basis stays one, and belongs to the Laplacian of its cloud."""
+    points = cloud(seed, 2, count)[:, torch.arange(count) % min(places, count)] + apart * cloud(seed + 1, 2, count)
+    s, wide = spectrum(points, local=count), points.double()
+    eye = torch.eye(count).expand(2, -1, -1)
+    torch.testing.assert_close(s.whole.mT @ s.whole, eye, atol=1e-5, rtol=0)
+    whole = s.whole.double() @ torch.diag_embed(s.values.double()) @ s.whole.mT.double()
+    torch.testing.assert_close(whole, point_spectrum.laplacian(wide), atol=1e-5, rtol=0)
+    assert s.values[:, 0].abs().max() < 1e-6
+
+
 def loop_morton(steps: np.ndarray) -> list[int]:
     codes = []
     for x, y, z in steps.tolist():
