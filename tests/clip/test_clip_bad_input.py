@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.model import CustomTextCLIP
 from PIL import Image
+from tiny_clip import PREPARE, tiny, tokenizer
 
 import visionpeft as vp
 from visionpeft.clip import ClipError, read_templates, zero_shot_weights
 from visionpeft.clip import model as models
 from visionpeft.clip.data import load_images, read_pairs, read_split
 from visionpeft.clip.features import image_features
-from visionpeft.data.preprocessing import Preprocessing
 from visionpeft.errors import AdapterFileError, DataError, SiteError, VisionPEFTError
 from visionpeft.pipelines import contrastive, few_shot, zero_shot
-
-BPE = open_clip.SimpleTokenizer()
-TEXT = dict(context_length=32, width=16, heads=2, layers=2)
-VIT = dict(image_size=16, layers=2, width=16, head_width=8, patch_size=8)
-
-
-def tokenizer(texts, context_length=32):
-    return BPE(texts, context_length)
-
-
-def tiny(vision=VIT, cls=CLIP):
-    logging.disable(logging.WARNING)
-    try:
-        return cls(12, vision, TEXT).eval()
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 @pytest.fixture
@@ -77,7 +59,7 @@ def test_tokens_beyond_the_context():
 @pytest.mark.parametrize("tower, targets", [("image", "query"), ("text", "conv"), ("text", "patch_embed")])
 def test_a_tower_without_the_role_lists_those_that_it_has(tower, targets):
     trunk = dict(image_size=32, timm_model_name="test_convnext", timm_pool="avg", timm_proj="linear")
-    model = tiny(trunk, CustomTextCLIP)
+    model = tiny(trunk, cls=CustomTextCLIP)
     with pytest.raises(SiteError, match=rf"no site matches '{targets}' among .* Roles here: .*norm"):
         vp.attach(model, vp.LoRA(rank=2, targets=targets, tower=tower))
     assert not vp.tuners(model)
@@ -121,7 +103,7 @@ def test_an_image_file_that_is_gone_is_named_with_the_line_that_lists_it(folder)
     images = load_images(f"folder-all:{folder / 'images'}").images
     (folder / "images" / "bee" / "1.png").unlink()
     with pytest.raises(DataError, match="1.png.*: no such image file"):
-        image_features(tiny(), images, Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16)))
+        image_features(tiny(), images, PREPARE)
 
 
 @pytest.mark.parametrize("run, message", [

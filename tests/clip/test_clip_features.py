@@ -7,8 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from open_clip.model import CLIP
 from PIL import Image
+from tiny_clip import PREPARE
+from tiny_clip import tiny as tiny_clip
 
 import visionpeft as vp
 from visionpeft.clip.features import FeatureCache, image_features, may_cache, text_features, tower_digest
@@ -16,17 +17,9 @@ from visionpeft.data.preprocessing import Preprocessing
 from visionpeft.data.sets import ArraySource, FileSource, ImageSet
 from visionpeft.errors import DataError
 
-PREPARE = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16))
 
-
-def tiny() -> CLIP:
-    torch.manual_seed(2)
-    vision = dict(image_size=16, layers=1, width=16, head_width=8, patch_size=8)
-    model = CLIP(12, vision, dict(context_length=8, vocab_size=40, width=16, heads=2, layers=1)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-    return model
+def tiny():
+    return tiny_clip(text=dict(context_length=8, vocab_size=40))
 
 
 def pictures(count: int = 5) -> ImageSet:
@@ -44,7 +37,11 @@ def tune(model, tower, **fields):
 
 def test_features_are_those_of_the_model_image_by_image():
     model, images = tiny(), pictures()
+    model.train().visual.ln_post.eval()
+    modes = [m.training for m in model.modules()]
     found = image_features(model, images, PREPARE, batch=2)
+    assert [m.training for m in model.modules()] == modes
+    model.eval()
     transform = PREPARE.transform()
     with torch.no_grad():
         one = [model.encode_image(transform(images[i][0])[None], normalize=True) for i in range(5)]

@@ -8,9 +8,10 @@ import math
 
 import open_clip
 import pytest
+import tiny_clip
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
+from tiny_clip import tokenizer
 
 from visionpeft.clip import ClipError, zero_shot_weights
 from visionpeft.clip.ivlp import IVLP, gaussian_weights
@@ -18,22 +19,12 @@ from visionpeft.clip.losses import promptsrc_loss
 from visionpeft.clip.model import Clip
 from visionpeft.clip.stepping import EpochAverage
 
-BPE = open_clip.SimpleTokenizer()
 CLASSES = ["cat", "grizzly bear", "sea_lion"]
 
 
-def tokenizer(texts, context_length=32):
-    return BPE(texts, context_length)
-
-
 def tiny(**vision) -> Clip:
-    torch.manual_seed(7)
-    vision = {**dict(image_size=16, layers=3, width=16, head_width=8, patch_size=8), **vision}
-    model = CLIP(12, vision, dict(context_length=32, width=24, heads=2, layers=3)).double().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-    return Clip(model.requires_grad_(False), tokenizer, None, "tiny")
+    model = tiny_clip.tiny({"layers": 3, **vision}, {"layers": 3, "width": 24}, dtype=torch.float64)
+    return tiny_clip.clip(model.requires_grad_(False))
 
 
 def learn(clip: Clip, **fields) -> IVLP:
@@ -123,12 +114,9 @@ def test_other_classes_take_the_same_prompts():
 
 
 def test_towers_without_such_blocks_are_refused_by_name():
-    logging.disable(logging.WARNING)
-    model = CLIP(12, dict(layers=(1, 1, 1, 1), width=8, head_width=8, image_size=64),
-                 dict(context_length=32, width=24, heads=2, layers=1))  # fmt: skip
-    logging.disable(logging.NOTSET)
+    model = tiny_clip.tiny(dict(layers=(1, 1, 1, 1), width=8, image_size=64))
     with pytest.raises(ClipError, match="prompts in the image tower need open_clip's transformer, not NoneType"):
-        IVLP(Clip(model, tokenizer, None, "rn"), CLASSES)
+        IVLP(tiny_clip.clip(model), CLASSES)
     with pytest.raises(ClipError, match="tokens=4, depth=0: expected at least 1"):
         IVLP(tiny(), CLASSES, depth=0)
 

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import open_clip
 import pytest
+import tiny_clip
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
+from tiny_clip import tokenizer
 
 from visionpeft.clip import ClipError, zero_shot_weights
 from visionpeft.clip.model import Clip
 from visionpeft.clip.prompts import CoOp
 
-BPE = open_clip.SimpleTokenizer()
 CLASSES = ["cat", "grizzly bear", "sea_lion"]
 
 
-def tokenizer(texts, context_length=32):
-    return BPE(texts, context_length)
-
-
 def tiny(**text) -> Clip:
-    torch.manual_seed(7)
-    vision = dict(image_size=16, layers=1, width=16, head_width=8, patch_size=8)
-    model = CLIP(12, vision, {**dict(context_length=32, width=16, heads=2, layers=2), **text}).double().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-    return Clip(model.requires_grad_(False), tokenizer, None, "tiny")
+    model = tiny_clip.tiny(text={"layers": 2, **text}, dtype=torch.float64)
+    return tiny_clip.clip(model.requires_grad_(False))
 
 
 @pytest.mark.parametrize("per_class", [False, True])

@@ -7,32 +7,22 @@ import logging
 
 import open_clip
 import pytest
+import tiny_clip
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
+from tiny_clip import tokenizer
 
 import visionpeft as vp
 from visionpeft.clip import ClipError, class_prompts, encode_tokens, read_templates, tokenize, zero_shot_weights
 from visionpeft.clip import model as models
 from visionpeft.clip.text import is_causal
 
-BPE = open_clip.SimpleTokenizer()
 CLASSES = ["cat", "dog", "sports_car", "a rather long name of a class", "tree"]
-TEXT = dict(context_length=32, width=16, heads=2, layers=2)
-VIT = dict(image_size=16, layers=1, width=16, head_width=8, patch_size=8)
 
 
-def tokenizer(texts, context_length=32):
-    return BPE(texts, context_length)
-
-
-def tiny(kind: str = "flat", **text) -> torch.nn.Module:
-    torch.manual_seed(1)
+def tiny(kind: str = "flat", **text):
     cls = CLIP if kind == "flat" else CustomTextCLIP
-    model = cls(24, VIT, {**TEXT, **text}).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-    return model
+    return tiny_clip.tiny(text={"layers": 2, **text}, cls=cls, embed=24, dtype=torch.float64)
 
 
 KINDS = {
@@ -50,7 +40,7 @@ def test_weights_are_those_of_open_clips_own_builder(kind, templates):
     model = KINDS[kind]()
     names = [c.replace("_", " ") for c in CLASSES]
     found = zero_shot_weights(model, tokenizer, CLASSES, read_templates(templates), batch=4)
-    oracle = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, names, read_templates(templates))
+    oracle = open_clip.build_zero_shot_classifier(model, tokenizer, names, read_templates(templates))
     torch.testing.assert_close(found, oracle, rtol=0, atol=1e-13)
     assert found.shape == (24, 5)
     assert is_causal(model) == (kind != "no mask")
@@ -81,8 +71,10 @@ def test_given_embeddings_take_the_place_of_the_tokens():
 
 def test_training_mode_is_left_as_it_was_and_no_gradient_flows():
     model = tiny().train()
+    model.ln_final.eval()
+    modes = [m.training for m in model.modules()]
     assert not zero_shot_weights(model, tokenizer, CLASSES, ["{}"]).requires_grad
-    assert model.training
+    assert [m.training for m in model.modules()] == modes
 
 
 def test_template_sets_and_both_forms_of_place(tmp_path):
@@ -146,9 +138,11 @@ def test_names_of_models_and_quickgelu_are_checked(tmp_path, monkeypatch):
     torch.save({k: torch.tensor(1) for k in (*models.OPENAI_KEYS, "logit_scale")}, file)
     with pytest.raises(ClipError, match="Use ViT-B-16-quickgelu"):
         models.check_activation("ViT-B-16", str(file))
-    (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(ClipError, match="no safe torch checkpoint"):
-        models.check_activation("ViT-B-16", str(tmp_path / "bad.pt"))
+    for damaged in (b"no checkpoint", b"", b"\x80", b"\x80\x02.", file.read_bytes()[:300]):
+        for name in ("bad.pt", "bad.safetensors"):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(ClipError, match="no safe torch checkpoint"):
+                models.check_activation("ViT-B-16", str(tmp_path / name))
     monkeypatch.setattr(models, "_wants_quick_gelu", lambda *_: False)
     with pytest.raises(ClipError, match="trained with GELU, and ViT-B-32-quickgelu has .* Use ViT-B-32$"):
         models.check_activation("ViT-B-32-quickgelu", "some")
@@ -166,7 +160,7 @@ def test_a_built_model_knows_its_preprocessing_and_tokenizer():
 @pytest.mark.parametrize("method", [vp.LoRA(rank=2, targets="linear projection"), vp.AdaptFormer(hidden=4),
                                     vp.methods.BitFit(), vp.methods.LNTuning()])  # fmt: skip
 def test_adapters_act_where_the_padding_is_cut_off(kind, method):
-    model = KINDS[kind]().eval()
+    model = KINDS[kind]()
     ids = tokenize(tokenizer, ["a cat", "a dog on a long road"], 32)
     plain = encode_tokens(model, ids)
     tuner = vp.attach(model, method)

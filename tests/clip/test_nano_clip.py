@@ -123,6 +123,9 @@ def test_training_runs_and_its_file_is_the_model(script, little, capsys):
 def test_missing_weights_are_named(tmp_path, monkeypatch):
     with pytest.raises(ClipError, match="none.safetensors: no such file of weights"):
         build("nano_clip", str(tmp_path / "none.safetensors"))
+    (tmp_path / "damaged.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ClipError, match="damaged.safetensors does not fit nano_clip"):
+        build("nano_clip", str(tmp_path / "damaged.safetensors"))
     monkeypatch.setattr(nano, "WEIGHTS", "absent.safetensors")
     with pytest.raises(ClipError, match="absent.safetensors is not in this installation"):
         build("nano_clip")

@@ -8,41 +8,28 @@ import json
 import numpy as np
 import open_clip
 import pytest
+import tiny_clip
 import torch
-from open_clip.model import CLIP
 from PIL import Image
+from tiny_clip import PREPARE, tokenizer
 
 import visionpeft as vp
 from visionpeft import cli
 from visionpeft.clip import ClipError
-from visionpeft.clip.model import Clip
-from visionpeft.data.preprocessing import Preprocessing
 from visionpeft.errors import AdapterFileError, DataError
 from visionpeft.pipelines import clip_deploy, contrastive, few_shot, zero_shot
 
-BPE = open_clip.SimpleTokenizer()
-PREPARE = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16))
 CLASSES = ["ant", "bee", "cat"]
 
 
-def tokenizer(texts, context_length=32):
-    return BPE(texts, context_length)
-
-
-def tiny() -> CLIP:
-    torch.manual_seed(4)
-    vision = dict(image_size=16, layers=2, width=16, head_width=8, patch_size=8)
-    model = CLIP(12, vision, dict(context_length=32, width=16, heads=2, layers=2)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-    return model
+def tiny():
+    return tiny_clip.tiny({"layers": 2}, {"layers": 2})
 
 
 @pytest.fixture(autouse=True)
 def _models(monkeypatch):
     for job in (few_shot, zero_shot, contrastive):
-        monkeypatch.setattr(job, "build", lambda name, checkpoint=None: Clip(tiny(), tokenizer, PREPARE, name))
+        monkeypatch.setattr(job, "build", lambda name, checkpoint=None: tiny_clip.clip(tiny(), name))
 
 
 @pytest.fixture(scope="module")

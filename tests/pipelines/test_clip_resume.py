@@ -12,33 +12,21 @@ import time
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
+import tiny_clip
 import torch
-from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file
 
-from visionpeft.clip.model import Clip
-from visionpeft.data.preprocessing import Preprocessing
 from visionpeft.pipelines import contrastive, few_shot
 from visionpeft.training.checkpoint import CheckpointError
 from visionpeft.training.runs import RunError
 
 ROOT = Path(__file__).parents[2]
-BPE = open_clip.SimpleTokenizer()
-PREPARE = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16))
 
 
-def tokenizer(texts, context_length=32):
-    return BPE(texts, context_length)
-
-
-def build(name, checkpoint=None) -> Clip:
-    torch.manual_seed(4)
-    vision = dict(image_size=16, layers=2, width=16, head_width=8, patch_size=8)
-    model = CLIP(12, vision, dict(context_length=32, width=16, heads=2, layers=2)).eval()
-    return Clip(model, tokenizer, PREPARE, name)
+def build(name, checkpoint=None):
+    return tiny_clip.clip(tiny_clip.tiny({"layers": 2}, {"layers": 2}, shake=0), name)
 
 
 @pytest.fixture(autouse=True)

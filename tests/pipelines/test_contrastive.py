@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import open_clip
 import pytest
+import tiny_clip
 import torch
-from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -16,31 +15,20 @@ import visionpeft as vp
 from visionpeft import cli
 from visionpeft.clip import ClipError
 from visionpeft.clip.data import read_pairs
-from visionpeft.clip.model import Clip
-from visionpeft.data.preprocessing import Preprocessing
 from visionpeft.errors import DataError
 from visionpeft.pipelines import contrastive
 from visionpeft.pipelines.contrastive import Config, batches, run, split
 
-BPE = open_clip.SimpleTokenizer()
-PREPARE = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16))
 WORDS = ("dark", "dim", "grey", "pale", "bright", "white")
 
 
-def tokenizer(texts, context_length=32):
-    return BPE(texts, context_length)
-
-
-def tiny() -> CLIP:
-    torch.manual_seed(4)
-    vision = dict(image_size=16, layers=1, width=16, head_width=8, patch_size=8)
-    text = dict(context_length=32, width=16, heads=2, layers=1)
-    return CLIP(12, vision, text, init_logit_bias=-5.0).eval()
+def tiny():
+    return tiny_clip.tiny(shake=0, init_logit_bias=-5.0)
 
 
 @pytest.fixture(autouse=True)
 def _model(monkeypatch):
-    monkeypatch.setattr(contrastive, "build", lambda name, checkpoint=None: Clip(tiny(), tokenizer, PREPARE, name))
+    monkeypatch.setattr(contrastive, "build", lambda name, checkpoint=None: tiny_clip.clip(tiny(), name))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +76,7 @@ def test_tuning_lowers_the_loss_and_the_file_brings_the_model_back(folder, tmp_p
     model = tiny()
     vp.load(model, tmp_path / "adapter.safetensors")
     _, held = split(read_pairs(folder / "captions.csv"), 1 / 3, 0)
-    assert contrastive.retrieve(Clip(model, tokenizer, PREPARE, "tiny"), held) == result.after
+    assert contrastive.retrieve(tiny_clip.clip(model), held) == result.after
 
 
 def test_batches_have_each_image_once_an_epoch_with_a_caption_of_its_own(folder):

@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import open_clip
 import pytest
+import tiny_clip
 import torch
-from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_clip import PREPARE, tokenizer
 
 import visionpeft as vp
 from visionpeft import cli
 from visionpeft.clip import ClipError
 from visionpeft.clip.data import base_and_new, harmonic, load_coop, load_images, read_split
-from visionpeft.clip.model import Clip
 from visionpeft.clip.scores import classification_scores
-from visionpeft.clip.tuning import Steps
-from visionpeft.data.preprocessing import Preprocessing
+from visionpeft.clip.tuning import Steps, encoder, views
 from visionpeft.errors import DataError
-from visionpeft.pipelines import few_shot
+from visionpeft.pipelines import few_shot, fitting
 from visionpeft.pipelines.few_shot import CLIP_LORA, Config, load, run
 from visionpeft.pipelines.methods import parse_method
 
-BPE = open_clip.SimpleTokenizer()
-PREPARE = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16))
 COLOURS = {"red": (220, 30, 30), "lime": (30, 220, 30), "blue": (30, 30, 220), "grey": (120, 120, 120),
            "pink": (240, 150, 180)}  # fmt: skip
 METHODS = ("clip_lora", "clipfit", "ln_tuning", "lora:rank=2,tower=image", "block_lora:rank=2", "gda", "tip", "tip_f",
            "clip_adapter", "linear_probe", "coop", "ivlp", "promptsrc")  # fmt: skip
 
 
-def tokenizer(texts, context_length=32):
-    return BPE(texts, context_length)
-
-
-def tiny() -> CLIP:
-    torch.manual_seed(4)
-    vision = dict(image_size=16, layers=2, width=16, head_width=8, patch_size=8)
-    model = CLIP(12, vision, dict(context_length=32, width=16, heads=2, layers=1)).eval()
+def tiny():
+    model = tiny_clip.tiny({"layers": 2})
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
         model.visual.conv1.weight.mul_(4)  # what an image shows, and which words a text has, must count
         model.token_embedding.weight.mul_(4)
         model.visual.class_embedding.zero_()
@@ -53,7 +43,7 @@ def tiny() -> CLIP:
 
 @pytest.fixture(autouse=True)
 def _model(monkeypatch):
-    monkeypatch.setattr(few_shot, "build", lambda name, checkpoint=None: Clip(tiny(), tokenizer, PREPARE, name))
+    monkeypatch.setattr(few_shot, "build", lambda name, checkpoint=None: tiny_clip.clip(tiny(), name))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +126,7 @@ def test_other_sets_tell_what_was_forgotten(root, tmp_path, method):
     """By their own class names; heads that know nothing of other classes leave the zero-shot classifier there."""
     result = run(config(root, tmp_path, method, others=("digits?test=60",)))
     assert list(result.before) == list(result.after) == ["test", "digits?test=60"]
-    fitter = few_shot.Fitter(config(root, tmp_path, method), Clip(tiny(), tokenizer, PREPARE, "tiny"), None)
+    fitter = few_shot.Fitter(config(root, tmp_path, method), tiny_clip.clip(tiny()), None)
     digits = load_images("digits?test=60")
     alone = classification_scores(fitter.zero_shot().logits(digits.images, digits.classes, False),
                                   torch.from_numpy(digits.images.labels))  # fmt: skip
@@ -162,18 +152,70 @@ def test_shots_are_drawn_by_seed_and_validation_has_four_at_most(root):
     assert len(first.train_val) == 25 and len(load_coop("eurosat", root).train_val) == 55
 
 
-def test_preset_is_clip_loras_recipe():
+@pytest.mark.parametrize("method, changes, expected, parameters", [
+    ("clip_lora", {}, (2000, 32, 2e-4, 1e-2, "adamw", 1e-6, 0), 576),
+    ("ln_tuning", {}, (1200, 32, 2e-4, 1e-2, "adamw", 1e-6, 0), 288),
+    ("clipfit", {}, (100, 32, 2e-3, 5e-4, "sgd", 0.0, 1), 192 + 16),
+    ("coop", {}, (50, 32, 2e-3, 5e-4, "sgd", 0.0, 1), 256),
+    ("ivlp", {}, (20 * 5, 4, 2.5e-3, 5e-4, "sgd", 0.0, 5), 64 + 128),
+    ("promptsrc", {}, (50 * 5, 4, 2.5e-3, 5e-4, "sgd", 0.0, 5), 64 + 128),
+    ("promptsrc", {"base_to_new": True}, (20 * 3, 4, 2.5e-3, 5e-4, "sgd", 0.0, 3), 64 + 128),
+])  # fmt: skip
+def test_recipes_are_those_of_the_papers(root, tmp_path, method, changes, expected, parameters, monkeypatch):
+    """Updates, batch, rate, decay, optimiser, last rate and warm-up, of 4 shots of five classes (three with halves)."""
+    seen = []
+    monkeypatch.setattr(fitting, "descend", lambda loop, images, objective: seen.append((loop.steps, images)) or [])
+    settings = config(root, tmp_path, method, iterations=None, batch_size=None, lr=None, **changes)
+    result = run(settings)
+    ((steps, images),) = seen
+    assert images == (12 if changes else 20) and steps.augment == "resized_crop"
+    found = (steps.count, steps.batch, steps.lr, steps.weight_decay, steps.optimizer, steps.min_lr, steps.warmup)
+    assert found == expected and result.parameters == parameters
+
+
+def test_preset_is_clip_loras():
     method = parse_method(CLIP_LORA)
     assert (method.rank, method.alpha, method.rslora, method.dropout) == (2, 1, True, 0.25)
     assert method.targets == "query key value"
-    steps = Steps(500 * 16)
-    assert (steps.count, steps.batch, steps.lr, steps.weight_decay) == (8000, 32, 2e-4, 1e-2)
-    oracle = torch.optim.AdamW([torch.zeros(1)], lr=2e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(oracle, 20, eta_min=1e-6)
-    for step in range(20):
-        assert Steps(20).rate(step) == pytest.approx(oracle.param_groups[0]["lr"], rel=1e-9)
-        oracle.step()
-        schedule.step()
+
+
+def test_the_rate_warms_up_and_falls_by_a_cosine():
+    steps = Steps(20, lr=0.3, min_lr=0.1, warmup=2, warmup_lr=1e-3)
+    assert [steps.rate(i) for i in (0, 1)] == [1e-3, 1e-3]
+    assert [steps.rate(i) for i in range(2, 20)] == pytest.approx(
+        [0.1 + 0.1 * (1 + math.cos(math.pi * i / 20)) for i in range(2, 20)], rel=1e-12)  # fmt: skip
+
+
+def test_views_are_random_passes_over_all_images_drawn_by_the_seed(root):
+    clip, images = tiny_clip.clip(tiny().requires_grad_(False)), load_coop("eurosat", root, 4).train
+    first, again, other = (views(clip, images, 3, seed) for seed in (1, 1, 2))
+    assert first.shape == (3, 20, 12) and torch.equal(first, again) and not torch.equal(first, other)
+    torch.testing.assert_close(first.norm(dim=-1), torch.ones(3, 20))
+    assert not torch.equal(first[0], first[1])
+    torch.manual_seed(1)
+    pictures = images.with_transform(PREPARE.transform("resized_crop"))
+    with torch.no_grad():
+        one = clip.model.encode_image(torch.stack([pictures[i][0] for i in range(20)]), normalize=True)
+    torch.testing.assert_close(first[0], one)
+
+
+def test_images_are_encoded_once_only_where_every_step_would_give_the_same(root, monkeypatch):
+    """No augmentation, and no adapter in the image tower."""
+    images = load_coop("eurosat", root, 2).train
+    calls, rows = [], torch.tensor([3, 0])
+    for tower, augment, expected in (("text", None, 0), ("image", None, 2), ("text", "flip", 2)):
+        clip = tiny_clip.clip(tiny().requires_grad_(False))
+        vp.attach(clip.model, vp.LoRA(rank=2, targets="query", tower=tower))
+        encode = encoder(clip, images, augment, torch.device("cpu"))
+        with torch.no_grad():
+            expect = clip.model.encode_image(torch.stack([PREPARE.transform()(images[i][0]) for i in (3, 0)]), True)
+        calls.clear()
+        hook = clip.model.visual.register_forward_hook(lambda *_: calls.append(1))
+        found = [encode(rows) for _ in range(2)]
+        hook.remove()
+        assert len(calls) == expected
+        if augment is None:
+            torch.testing.assert_close(found[0].detach(), expect, rtol=0, atol=1e-6)
 
 
 def test_bad_input_is_named(root, tmp_path):

@@ -8,46 +8,30 @@ import json
 import numpy as np
 import open_clip
 import pytest
+import tiny_clip
 import torch
-from open_clip.model import CLIP
 from PIL import Image
+from tiny_clip import PREPARE, tokenizer
 
 import visionpeft as vp
 from visionpeft import cli
 from visionpeft.clip import ClipError
 from visionpeft.clip.data import load_images
-from visionpeft.clip.model import Clip
 from visionpeft.clip.scores import classification_scores
-from visionpeft.data.preprocessing import Preprocessing
 from visionpeft.errors import AdapterFileError, DataError
 from visionpeft.pipelines import zero_shot
 from visionpeft.pipelines.zero_shot import Config, run
 
-BPE = open_clip.SimpleTokenizer()
-PREPARE = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16))
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fly")
 
 
-def tokenizer(texts, context_length=32):
-    return BPE(texts, context_length)
-
-
-def tiny(width: int = 16) -> CLIP:
-    torch.manual_seed(4)
-    vision = dict(image_size=16, layers=1, width=width, head_width=8, patch_size=8)
-    model = CLIP(12, vision, dict(context_length=32, width=16, heads=2, layers=1)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-    return model
+def tiny(width: int = 16):
+    return tiny_clip.tiny({"width": width})
 
 
 @pytest.fixture(autouse=True)
 def _models(monkeypatch):
-    def build(name, checkpoint=None):
-        return Clip(tiny(24 if name == "wide" else 16), tokenizer, PREPARE, name)
-
-    monkeypatch.setattr(zero_shot, "build", build)
+    monkeypatch.setattr(zero_shot, "build", lambda name, checkpoint=None: tiny_clip.clip(tiny(), name))
 
 
 @pytest.fixture
@@ -114,8 +98,8 @@ def test_an_adapter_of_the_text_tower_encodes_each_image_once(folder, monkeypatc
     from visionpeft.clip import features
 
     calls = []
-    real = features._encode_images
-    monkeypatch.setattr(features, "_encode_images", lambda *a: calls.append(1) or real(*a))
+    real = features.encode_images
+    monkeypatch.setattr(features, "encode_images", lambda *a: calls.append(1) or real(*a))
     run(Config("tiny", data=(spec(folder),), adapter=adapter(folder / "a.safetensors", "text"), points=3,
                templates="{}", out=str(folder / "out")))  # fmt: skip
     assert len(calls) == 1
@@ -127,7 +111,7 @@ def test_an_adapter_of_the_text_tower_encodes_each_image_once(folder, monkeypatc
 def test_at_scale_zero_the_model_is_as_without_the_adapter(folder):
     """What lets the curve begin with the scores that are known."""
     evaluator = zero_shot.Evaluator(
-        Clip(tiny(), tokenizer, PREPARE, "tiny"), [load_images(spec(folder))], {}, ["{}"], zero_shot.FeatureCache()
+        tiny_clip.clip(tiny()), [load_images(spec(folder))], {}, ["{}"], zero_shot.FeatureCache()
     )
     before = evaluator.scores()
     tuner = vp.load(evaluator.clip.model, adapter(folder / "a.safetensors"))
@@ -145,7 +129,9 @@ def test_tuning_first_gives_the_adapter_that_is_compared(folder, monkeypatch):
     monkeypatch.setattr(few_shot, "build", zero_shot.build)
     config = Config("tiny", data=("digits?train=200&test=50", spec(folder)), tune="lora:rank=1,tower=image", shots=2,
                     iterations=3, points=2, templates="{}", out=str(folder / "out"))  # fmt: skip
-    result = run(config)
+    told = []
+    result = run(config, told.append)
+    assert told[0].startswith("tuning on digits") and told[3].startswith("3 of 3 updates, loss ")
     (file,) = (folder / "out" / "tuning").glob("*/adapter.safetensors")
     assert result.adapter.startswith("LoRA(")
     again = run(Config("tiny", data=config.data, adapter=str(file), points=2, templates="{}",
