@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import visionpeft as vp
+from visionpeft.clip.data import read_names
 from visionpeft.clip.errors import ClipError
 from visionpeft.clip.templates import PHOTO
-from visionpeft.data.sets import existing
 from visionpeft.errors import AdapterFileError
 from visionpeft.pipelines import few_shot, zero_shot
 from visionpeft.pipelines.deploy import Prediction, image_files
@@ -91,25 +91,6 @@ def _few_shot(file: Path, header: dict[str, Any], paths: Sequence[str], names: l
         fitted = fitter.restore(load_file(file), header["chosen"], header["classes"])
     seen = names == header["classes"]
     return fitted.logits(zero_shot.photos(paths), names, seen).float().softmax(1)
-
-
-def read_names(file: str) -> list[str]:
-    """Class names, one a line or a JSON list.
-
-    Raises:
-        ClipError: neither.
-    """
-    path = existing(file, "class list")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        names = json.loads(text)
-    except ValueError as error:
-        raise ClipError(f"{path}: no JSON ({error})") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ClipError(f"{path}: expected a JSON list of names")
-    return names
 
 
 def _prediction(path: str, chances: Tensor, names: Sequence[str], shown: int = 3) -> Prediction:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from visionpeft.clip.tuning import descend, encoder, pixels, views
 from visionpeft.data.sets import ImageSet
 from visionpeft.methods import LNTuning
 from visionpeft.pipelines.methods import method_name, parse_method
+
+if TYPE_CHECKING:
+    from visionpeft.pipelines.few_shot import Config
 
 PROMPTS = ("coop", "ivlp", "promptsrc")
 ON_FEATURES = ("gda", "tip", "tip_f", "clip_adapter", "linear_probe")
@@ -64,10 +67,10 @@ class Fitter:
 
     Logits have the model's own scale, exp(logit_scale), which is the 100 of the official codes in OpenAI's models.
 
-    `config` is that of `visionpeft.pipelines.few_shot`; `folder` is where a killed run finds its checkpoint.
+    `folder` is where a killed run finds its checkpoint.
     """
 
-    config: Any
+    config: Config
     clip: Clip
     accelerator: Any
     watch: Callable[[int, int, float], None] | None = None
@@ -80,6 +83,7 @@ class Fitter:
         self.factor = logit_scale(self.clip.model)[0]
         if self.name not in HEADS and self.name != "clipfit":
             self.method = parse_method(CLIP_LORA if self.config.method == "clip_lora" else self.config.method)
+        self._steps(1)  # refuses numbers that make no sense before anything is computed
 
     def fit(self, train: ImageSet, val: ImageSet, classes: Sequence[str]) -> Fitted:
         """Tune on the training images; strengths and epochs from the validation images."""
@@ -93,14 +97,17 @@ class Fitter:
     def restore(self, tensors: dict[str, Tensor], chosen: dict[str, float], classes: Sequence[str]) -> Fitted:
         """A head, or prompts, from what `fit` gave; other classes than those are not known to it."""
         if self.name == "gda":
-            return self._of_gda(GDA(tensors["v"], tensors["b"], **chosen), classes)  # type: ignore[arg-type]
+            return self._of_gda(GDA(tensors["v"], tensors["b"], chosen["alpha"]), self._weights(classes))
         if self.name in ("tip", "tip_f"):
-            return self._of_tip(TipAdapter(tensors["keys"], tensors["values"], **chosen), classes)
+            tip = TipAdapter(tensors["keys"], tensors["values"], chosen["alpha"], chosen["beta"])
+            return self._of_tip(tip, self._weights(classes))
         if self.name == "linear_probe":
             return self._of_probe(LinearProbe(tensors["a"], tensors["b"]))
         module: Any = self._empty(classes, tensors)
         module.load_state_dict(tensors)
-        return self._of_adapter(module, classes) if self.name == "clip_adapter" else self._of_prompts(module)
+        if self.name == "clip_adapter":
+            return self._of_adapter(module, self._weights(classes))
+        return self._of_prompts(module)
 
     def _empty(self, classes: Sequence[str], tensors: dict[str, Tensor]) -> nn.Module:
         if self.name == "clip_adapter":
@@ -257,11 +264,9 @@ class Fitter:
         if self.name == "tip_f":
             lr = self.config.lr or 1e-3
             tip = tip.fine_tune(self._features(train), y, w, f, val_y, lr=lr, seed=self.config.seed)
-        return self._of_tip(tip.search(f, val_y, w), classes)
+        return self._of_tip(tip.search(f, val_y, w), w)
 
-    def _of_tip(self, tip: TipAdapter, classes: Sequence[str]) -> Fitted:
-        w = self._weights(classes)
-
+    def _of_tip(self, tip: TipAdapter, w: Tensor) -> Fitted:
         def logits(images: ImageSet, names: Sequence[str], seen: bool) -> Tensor:
             return tip.logits(self._features(images), w) if seen else self._plain(images, names)
 
@@ -273,11 +278,9 @@ class Fitter:
         y = torch.from_numpy(train.labels).repeat(len(x))
         fit = GDA.fit_base if self.config.base_to_new else GDA.fit
         gda = fit(x.flatten(0, 1), y, len(classes)).search(f, val_y, w)
-        return self._of_gda(gda, classes, x.flatten(0, 1))
+        return self._of_gda(gda, w, x.flatten(0, 1))
 
-    def _of_gda(self, gda: GDA, classes: Sequence[str], x: Tensor | None = None) -> Fitted:
-        w = self._weights(classes)
-
+    def _of_gda(self, gda: GDA, w: Tensor, x: Tensor | None = None) -> Fitted:
         def logits(images: ImageSet, names: Sequence[str], seen: bool) -> Tensor:
             if seen:
                 return gda.logits(self._features(images), w)
@@ -292,11 +295,9 @@ class Fitter:
         torch.manual_seed(self.config.seed)
         head = CLIPAdapter(len(w))
         head.fit(self._features(train), y, w, f, val_y, lr=self.config.lr or 1e-3, seed=self.config.seed)
-        return self._of_adapter(head, classes)
+        return self._of_adapter(head, w)
 
-    def _of_adapter(self, head: CLIPAdapter, classes: Sequence[str]) -> Fitted:
-        w = self._weights(classes)
-
+    def _of_adapter(self, head: CLIPAdapter, w: Tensor) -> Fitted:
         @torch.no_grad()
         def logits(images: ImageSet, names: Sequence[str], seen: bool) -> Tensor:
             return FACTOR * head(self._features(images)) @ (w if seen else self._weights(names))

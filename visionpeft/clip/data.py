@@ -83,13 +83,7 @@ def read_classes(file: str, known: Sequence[str]) -> list[str]:
     Raises:
         ClipError: too few or too many names, or names of classes that the data do not have.
     """
-    path = existing(file, "class list")
-    text = path.read_text(encoding="utf-8")
-    try:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        value = json.loads(text) if path.suffix == ".json" else lines
-    except ValueError as error:
-        raise ClipError(f"{path}: no JSON ({error})") from error
+    path, value = _listed(file)
     if isinstance(value, dict):
         unknown, missing = sorted(set(value) - set(known)), [name for name in known if name not in value]
         if unknown or missing:
@@ -99,6 +93,30 @@ def read_classes(file: str, known: Sequence[str]) -> list[str]:
     if len(value) != len(known):
         raise ClipError(f"{path}: {len(value)} names for {len(known)} classes: {', '.join(list(known)[:6])} ...")
     return [str(name) for name in value]
+
+
+def read_names(file: str) -> list[str]:
+    """Class names, one a line or a JSON list.
+
+    Raises:
+        ClipError: neither.
+    """
+    path, names = _listed(file)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ClipError(f"{path}: expected a JSON list of names")
+    return names
+
+
+def _listed(file: str) -> tuple[Path, Any]:
+    """The path of a class list, and its lines or, of a .json, its value."""
+    path = existing(file, "class list")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return path, [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        return path, json.loads(text)
+    except ValueError as error:
+        raise ClipError(f"{path}: no JSON ({error})") from error
 
 
 # ---- CoOp -----------------------------------------------------------------------------------------------------------

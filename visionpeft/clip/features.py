@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import visionpeft as vp
 from visionpeft.clip.errors import ClipError
-from visionpeft.clip.text import encode_all
+from visionpeft.clip.text import encode_all, evaluating
 from visionpeft.data.preprocessing import Preprocessing
 from visionpeft.data.sets import ImageSet
 from visionpeft.sites import Backbone, inside
@@ -78,27 +78,24 @@ def image_features(model: Any, images: ImageSet, preprocessing: Preprocessing, c
         if (found := cache.get(key)) is not None:
             return found
     pictures = images.with_transform(preprocessing.transform())
-    features = _encode_images(model, pictures, batch, encode or model.encode_image)
+    features = encode_images(model, pictures, batch, encode or model.encode_image)
     if cache is not None:
         cache.put(key, features)
     return features
 
 
 @torch.no_grad()
-def _encode_images(model: Any, images: ImageSet, batch: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
+def encode_images(model: Any, images: ImageSet, batch: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """Unit-length features (N, d), float32 on the CPU, of what `images` give."""
+    if not len(images):
+        raise ClipError("no image to encode")
     weight = next(p for p in model.visual.parameters() if p.is_floating_point())
-    was_training = model.training
-    model.eval()
     parts = []
-    try:
+    with evaluating(model):
         for start in range(0, len(images), batch):
             pixels = torch.stack([images[i][0] for i in range(start, min(start + batch, len(images)))])
             found = encode(pixels.to(weight.device, weight.dtype))
             parts.append(F.normalize(found.float(), dim=-1).cpu())
-    finally:
-        model.train(was_training)
-    if not parts:
-        raise ClipError("no image to encode")
     return torch.cat(parts)
 
 

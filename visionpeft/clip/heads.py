@@ -15,7 +15,7 @@ best on the test set, and GDA's code chooses alpha for ImageNet there: numbers m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -127,8 +127,8 @@ def _grid(largest: float, steps: int) -> list[float]:
     return [0.1 + i * (largest - 0.1) / steps for i in range(steps)]
 
 
-def _descend(module: nn.Module, logits: object, features: Tensor, labels: Tensor, val: Tensor, val_labels: Tensor,
-             epochs: int, lr: float, batch: int, seed: int, eps: float = 1e-8) -> None:  # fmt: skip
+def _descend(module: nn.Module, logits: Callable[[Tensor], Tensor], features: Tensor, labels: Tensor, val: Tensor,
+             val_labels: Tensor, epochs: int, lr: float, batch: int, seed: int, eps: float = 1e-8) -> None:  # fmt: skip
     """AdamW, cosine per step to 0; `module` ends as it was after the epoch with the best validation accuracy."""
     generator = torch.Generator().manual_seed(seed)
     per_epoch = math.ceil(len(features) / batch)
@@ -137,13 +137,13 @@ def _descend(module: nn.Module, logits: object, features: Tensor, labels: Tensor
     best, kept = -1.0, {k: v.clone() for k, v in module.state_dict().items()}
     for _ in range(epochs):
         for rows in torch.randperm(len(features), generator=generator).split(batch):
-            loss = F.cross_entropy(logits(features[rows]), labels[rows])  # type: ignore[operator]
+            loss = F.cross_entropy(logits(features[rows]), labels[rows])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
         with torch.no_grad():
-            accuracy = top1(logits(val), val_labels)  # type: ignore[operator]
+            accuracy = top1(logits(val), val_labels)
         if accuracy > best:
             best, kept = accuracy, {k: v.clone() for k, v in module.state_dict().items()}
     module.load_state_dict(kept)

@@ -13,6 +13,7 @@ gradients on those, then each piece again with them. Dropout draws the same mask
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ def promptsrc_loss(logits: Tensor, labels: Tensor, texts: Tensor, frozen_texts: 
     return F.cross_entropy(logits, labels) + weights[0] * text + weights[1] * image + away / logits.numel()
 
 
-def loss_of(model: nn.Module, kind: str) -> Loss:
+def loss_of(model: Any, kind: str) -> Loss:
     """The loss with the model's own scale and bias, which get gradients if they learn.
 
     Raises:
@@ -70,10 +71,10 @@ def loss_of(model: nn.Module, kind: str) -> Loss:
     if kind not in ("clip", "siglip"):
         raise ClipError(f"loss {kind!r}: use clip or siglip")
     if kind == "clip":
-        return lambda images, texts: clip_loss(images, texts, model.logit_scale.exp())  # type: ignore[operator]
+        return lambda images, texts: clip_loss(images, texts, model.logit_scale.exp())
     if getattr(model, "logit_bias", None) is None:
         raise ClipError("the SigLIP loss needs a logit_bias, and this model has none: use loss clip")
-    return lambda images, texts: siglip_loss(images, texts, model.logit_scale.exp(), model.logit_bias)  # type: ignore
+    return lambda images, texts: siglip_loss(images, texts, model.logit_scale.exp(), model.logit_bias)
 
 
 def in_pieces(encode: Callable[..., Sequence[Tensor]], pieces: Sequence[tuple[Tensor, ...]], loss: Loss) -> Tensor:

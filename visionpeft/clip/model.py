@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from visionpeft.clip.errors import ClipError
@@ -87,14 +88,12 @@ def _wants_quick_gelu(open_clip: Any, name: str, checkpoint: str) -> bool | None
 
 def _keys(path: Path) -> set[str]:
     """Names of the tensors in a file; nothing is unpickled but tensors."""
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(str(path), "pt") as file:
-            return set(file.keys())
     if path.suffix in (".npz", ".npy"):
         return set()
     try:
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), "pt") as file:
+                return set(file.keys())
         state = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # torch raises almost anything on a file that is none of its own
         raise ClipError(f"{path}: no safe torch checkpoint ({error}); save its state dict as .safetensors") from error

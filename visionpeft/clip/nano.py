@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visionpeft.clip.errors import ClipError
@@ -62,16 +64,13 @@ def tokenizer(context_length: int, merges: str | Path | None = None) -> Any:
 
 def _load(model: nn.Module, checkpoint: str | None) -> None:
     """The file has all that differs from `nano_vit`, whose weights come with the library already."""
-    from safetensors.torch import load_file
-
     with as_file(_asset(WEIGHTS) if checkpoint is None else Path(checkpoint).expanduser()) as path:
         if not path.is_file():
             raise ClipError(f"{path}: no such file of weights")
-        own = {key: value.float() for key, value in load_file(path).items()}
-    try:
-        model.load_state_dict(image_tower() | own)
-    except RuntimeError as error:
-        raise ClipError(f"{checkpoint or WEIGHTS} does not fit {NAME}: {error}") from error
+        try:
+            model.load_state_dict(image_tower() | load_file(path))
+        except (RuntimeError, SafetensorError) as error:
+            raise ClipError(f"{checkpoint or WEIGHTS} does not fit {NAME}: {error}") from error
 
 
 def _asset(name: str) -> Any:

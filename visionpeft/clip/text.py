@@ -8,7 +8,8 @@ reach it, so the padding is cut off before encoding, which prompts of ten tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -128,9 +129,12 @@ def zero_shot_weights(model: nn.Module, tokenizer: Tokenizer, classes: Sequence[
     """
     prompts = class_prompts(classes, templates)
     ids = tokenize(tokenizer, prompts, _context(model))
-    features = encode_all(model, ids, batch)
-    means = features.unflatten(0, (len(classes), len(templates))).mean(1)
-    return F.normalize(means, dim=-1).t()
+    return ensemble(encode_all(model, ids, batch), len(classes))
+
+
+def ensemble(features: Tensor, classes: int) -> Tensor:
+    """W (d, C) of the features (C T, d) of every class's T prompts, class by class."""
+    return F.normalize(features.unflatten(0, (classes, -1)).mean(1), dim=-1).t()
 
 
 @torch.no_grad()
@@ -138,13 +142,21 @@ def encode_all(model: nn.Module, ids: Tensor, batch: int = 256) -> Tensor:
     """Unit-length text features (N, d) of token ids (N, L), in eval; short texts are encoded together."""
     device = next(model.parameters()).device
     order = (ids != 0).sum(1).argsort(stable=True)  # by length: less padding in a batch
-    was_training = model.training
+    with evaluating(model):
+        parts = [F.normalize(encode_tokens(model, ids[rows].to(device)), dim=-1) for rows in order.split(batch)]
+    return torch.cat(parts)[order.argsort()]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval; afterwards every module's mode is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        parts = [F.normalize(encode_tokens(model, ids[rows].to(device)), dim=-1) for rows in order.split(batch)]
+        yield
     finally:
-        model.train(was_training)
-    return torch.cat(parts)[order.argsort()]
+        for module, mode in modes:
+            module.training = mode
 
 
 def _context(model: nn.Module) -> int:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionpeft.clip.features import image_features, may_cache
+from visionpeft.clip.features import encode_images, image_features, may_cache
 from visionpeft.clip.model import Clip
 from visionpeft.clip.stepping import Loop, Steps
 from visionpeft.data.sets import ImageSet
@@ -64,10 +62,4 @@ def views(clip: Clip, train: ImageSet, count: int, seed: int) -> Tensor:
         return image_features(clip.model, train, clip.preprocessing)[None]
     torch.manual_seed(seed)
     pictures = train.with_transform(clip.preprocessing.transform("resized_crop"))
-    found = []
-    with torch.no_grad():
-        for _ in range(count):
-            parts = [torch.stack([pictures[int(i)][0] for i in rows]) for rows in np.array_split(
-                np.arange(len(pictures)), math.ceil(len(pictures) / 64))]  # fmt: skip
-            found.append(torch.cat([F.normalize(clip.model.encode_image(p).float(), dim=-1) for p in parts]))
-    return torch.stack(found)
+    return torch.stack([encode_images(clip.model, pictures, 64, clip.model.encode_image) for _ in range(count)])
