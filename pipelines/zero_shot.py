@@ -25,7 +25,7 @@ from visionpeft.clip.features import FeatureCache, image_features, text_features
 from visionpeft.clip.model import Clip, build, logit_scale
 from visionpeft.clip.scores import classification_scores, retrieval_scores
 from visionpeft.clip.templates import Template, read_templates
-from visionpeft.clip.text import class_prompts, tokenize
+from visionpeft.clip.text import class_prompts, ensemble, tokenize
 from visionpeft.data.sets import FileSource, ImageSet
 from visionpeft.report.zero_shot import report
 from visionpeft.training import runs
@@ -115,7 +115,7 @@ def run(config: Config, watch: Watch | None = None) -> Result:
     watch(f"{config.model} alone")
     result.before = evaluator.scores()
     if config.adapter is not None:
-        _with_adapter(config, clip.model, evaluator, result, watch)
+        _with_adapter(config.adapter, config.points, evaluator, result, watch)
     folder = Path(config.out)
     told = {"task": "clip", "job": "zero-shot", "classes": sets[0].classes if sets else []}
     runs.write_json(folder / "config.json", asdict(config) | told)
@@ -157,19 +157,23 @@ def _tuned(config: Config, watch: Watch) -> str:
         )
     watch(f"tuning on {first}")
     out = str(Path(config.out) / "tuning" / runs.slug(f"{config.model}-{first}-{config.tune}-{config.shots}shots"))
+
+    def told(done: int, total: int, loss: float) -> None:
+        if done % max(total // 6, 1) == 0:
+            watch(f"{done} of {total} updates, loss {loss:.3f}")
+
     few_shot.run(few_shot.Config(
         config.model, config.checkpoint, first, config.root, str(config.tune), config.shots,
-        iterations=config.iterations, lr=config.lr, out=out))  # fmt: skip
+        iterations=config.iterations, lr=config.lr, out=out), told)  # fmt: skip
     return str(Path(out) / "adapter.safetensors")
 
 
-def _with_adapter(config: Config, model: Any, evaluator: Evaluator, result: Result, watch: Watch) -> None:
-    assert config.adapter is not None
-    tuner = vp.load(model, config.adapter, name="adapter")
+def _with_adapter(file: str, points: int, evaluator: Evaluator, result: Result, watch: Watch) -> None:
+    tuner = vp.load(evaluator.clip.model, file, name="adapter")
     result.adapter, result.parameters = tuner.method.summary(), tuner.num_parameters
     watch(f"with {result.adapter}")
     result.after = evaluator.scores()
-    result.curve = curve(tuner, evaluator, config.points, {0.0: result.before, 1.0: result.after}, watch)
+    result.curve = curve(tuner, evaluator, points, {0.0: result.before, 1.0: result.after}, watch)
     tuner.detach()
 
 
@@ -236,9 +240,7 @@ class Evaluator:
 
     def weights(self, classes: Sequence[str]) -> torch.Tensor:
         """The zero-shot classifier W (d, C) of `visionpeft.clip.zero_shot_weights`, its prompts from the cache."""
-        features = self._texts(class_prompts(classes, self.templates))
-        means = features.unflatten(0, (len(classes), len(self.templates))).mean(1)
-        return torch.nn.functional.normalize(means, dim=-1).t()
+        return ensemble(self._texts(class_prompts(classes, self.templates)), len(classes))
 
     def logits(self, images: ImageSet, classes: Sequence[str]) -> torch.Tensor:
         """Logits (N, C) with the model's own scale and bias."""
