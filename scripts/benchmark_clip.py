@@ -164,8 +164,9 @@ def goals(rows: list[Row]) -> list[tuple[str, bool]]:
 def markdown(found: dict[str, Any]) -> str:
     """The page; a case that was not measured is not on it."""
     rows: dict[str, list[Row]] = {case: [r for r in found["rows"] if r["case"] == case] for case in CASES}
-    lines = ["# Speed of CLIP jobs", "", "Made by `python scripts/benchmark_clip.py`, whose head says what is measured.",
-             "", "; ".join(f"{key} {value}" for key, value in found["machine"].items()) + ".", "",
+    made = "Made by `python scripts/benchmark_clip.py`, whose head says what is measured."
+    machine = "; ".join(f"{key} {value}" for key, value in found["machine"].items())
+    lines = ["# Speed of CLIP jobs", "", made, "", f"{machine}.", "",
              *table(["goal", ""], [[told, "reached" if good else "**missed**"] for told, good in goals(found["rows"])]),
              ""]  # fmt: skip
     if rows["attention"]:
@@ -177,9 +178,10 @@ def markdown(found: dict[str, Any]) -> str:
         body = [[r["contender"], str(r["steps"]), str(r["frozen_tensors"]), str(r["changed"])]
                 for r in rows["exactness"]]  # fmt: skip
         lines += table(["ViT-B-32, bf16, batch 1", "steps", "frozen tensors", "changed"], body) + [""]
-    body = [[f"zero-shot weights, {r['classes']} classes, {r['templates']} templates", f"{r['seconds']:.2f}",
-             f"{r['ratio']:.3f} ± {r['spread']:.3f}", f"{r['difference']:.1e}"] for r in rows["classifier"]]  # fmt: skip
-    if body:
+    if rows["classifier"]:
+        body = [[f"zero-shot weights, {r['classes']} classes, {r['templates']} templates", f"{r['seconds']:.2f}",
+                 f"{r['ratio']:.3f} ± {r['spread']:.3f}", f"{r['difference']:.1e}"]
+                for r in rows["classifier"]]  # fmt: skip
         lines += table(["ViT-B-32", "s", "of open_clip's time", "largest difference"], body) + [""]
     return "\n".join(lines)
 

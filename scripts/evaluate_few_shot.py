@@ -2,7 +2,8 @@
 
     python scripts/evaluate_few_shot.py --methods clip_lora coop gda --seeds 1 2 3 --shots 16 --others npz:cifar.npz
 
-Every cell is a run of `visionpeft few-shot` with its folder below `--out`; finished ones are read, not done again.
+Every cell is a run of `visionpeft few-shot` with its folder below `--out`; finished ones are read, not done again, and
+features of the model alone are computed once.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/few_shot_table")
     args = parser.parse_args(arguments)
     found: dict[str, list[Result]] = {method: [] for method in args.methods}
-    cache = FeatureCache()
+    cache = FeatureCache(Path(args.out) / "features")
     try:
         for seed in args.seeds:
             for method in args.methods:
