@@ -199,7 +199,8 @@ def test_pickles_of_arrays_are_converted(tmp_path, protocol):
     np.testing.assert_allclose(splits.test[3][0], unit(POINTS + 3), atol=1e-6)
     cache = [[np.hstack([POINTS, POINTS]).astype(np.float32)] * 5, [np.array([k], np.int32) for k in (0, 1, 0, 1, 0)]]
     (tmp_path / "modelnet40_test.dat").write_bytes(pickle.dumps(cache, protocol=protocol))
-    with np.load(unpickle.convert(tmp_path / "modelnet40_test.dat", tmp_path / "out.npz")) as file:
+    assert unpickle.convert(tmp_path / "modelnet40_test.dat", tmp_path / "out") == tmp_path / "out"
+    with np.load(tmp_path / "out") as file:
         assert file["label"].tolist() == [0, 1, 0, 1, 0] and file["points"].shape == (5, 7, 3)
 
 

@@ -35,13 +35,13 @@ def _example(root: nn.Module) -> tuple[Any, ...] | None:
     return (points.to(like.device, like.dtype),)
 
 
-def _stage(module: nn.Module) -> tuple[str, int] | None:
+def _stage(module: Any) -> tuple[str, int] | None:
     name = type(module).__name__
     if name in ("Group", "OrderedGroup"):
         return "grouping", 3
     if name == "MiniPointNet":
-        return "tokens", module.second_conv[-1].out_channels  # type: ignore[index, union-attr, return-value]
-    return ("pool", module.width) if name == "Pool" else None  # type: ignore[return-value]
+        return "tokens", module.second_conv[-1].out_channels
+    return ("pool", module.width) if name == "Pool" else None
 
 
 LIBRARY = Library(

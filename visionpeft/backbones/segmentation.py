@@ -10,8 +10,12 @@ from visionpeft import backbones
 from visionpeft.backbones import Library
 
 
-def _example(root: nn.Module) -> tuple[Any, ...] | None:
-    return backbones.example(root.encoder) if _whole(root) else None  # type: ignore[arg-type]
+def _example(root: Any) -> tuple[Any, ...] | None:
+    return backbones.example(root.encoder) if _whole(root) else None
+
+
+def _prefix_tokens(root: Any) -> int | None:
+    return backbones.prefix_tokens(root.encoder) if _whole(root) else None
 
 
 def _whole(root: nn.Module) -> bool:
@@ -22,5 +26,5 @@ LIBRARY = Library(
     name="visionpeft.models.segmentation",
     heads=lambda root: ["decoder"] if _whole(root) else [],
     example=_example,
-    prefix_tokens=lambda root: backbones.prefix_tokens(root.encoder) if _whole(root) else None,  # type: ignore[arg-type]
+    prefix_tokens=_prefix_tokens,
 )

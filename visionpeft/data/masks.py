@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -85,8 +85,9 @@ class MaskFormat:
             raise DataError(f"{where}: this mask is a colour picture: write the colour of each class into classes.txt, "
                             "as 'name red green blue'")
         flat, place = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
-        table = {c: IGNORE for c in self.ignored_colours} | {c: i for i, c in enumerate(self.colours)}
-        found = [table.get(tuple(map(int, colour))) for colour in flat]  # type: ignore[arg-type]
+        table: dict[tuple[int, ...], int] = {c: IGNORE for c in self.ignored_colours}
+        table |= {c: i for i, c in enumerate(self.colours)}
+        found = [table.get(tuple(map(int, colour))) for colour in flat]
         if None in found:
             raise DataError(f"{where}: colour {tuple(flat[found.index(None)].tolist())} is not in classes.txt")
         return np.array(found, np.uint8)[place.reshape(pixels.shape[:2])]
@@ -174,17 +175,20 @@ class MaskedSet(ImageSet):
     `labels` are zeros, as if all images were of one class: what draws subsets by class draws plainly.
     """
 
+    source: MaskSource
+    transform: Callable[..., Any] | None = None
+
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         stored = self._stored(index)
         image, mask = self.source.image(stored), self.mask(index)
         if mask.shape != (image.height, image.width):
             raise DataError(f"{self.source.path(stored)}: the image is {image.width}x{image.height} but its mask "
                             f"{mask.shape[1]}x{mask.shape[0]}; make both of one size")
-        return (image, mask) if self.transform is None else self.transform(image, mask)  # type: ignore[call-arg]
+        return (image, mask) if self.transform is None else self.transform(image, mask)
 
     def mask(self, index: int) -> np.ndarray:
         """uint8 [H, W] as stored, without the image."""
-        return self.source.mask(self._stored(index))  # type: ignore[attr-defined]
+        return self.source.mask(self._stored(index))
 
 
 def masked_set(source: MaskSource) -> MaskedSet:

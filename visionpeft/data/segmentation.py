@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from visionpeft.data.folder import PARTS, images_below
-from visionpeft.data.masks import MaskedSet, MaskFormat, PairArrays, PairFiles, masked_set, read_mask
+from visionpeft.data.masks import Colour, MaskedSet, MaskFormat, PairArrays, PairFiles, masked_set, read_mask
 from visionpeft.data.registry import subset_options
 from visionpeft.data.sets import Splits, existing
 from visionpeft.data.splitting import complete, subset
@@ -151,13 +151,16 @@ _LINE = re.compile(r"(?P<name>.*?)\s*(?P<ignored>\(ignore(=(?P<value>\d+))?\))?(
 
 
 def _classes_file(file: Path, values: tuple[int, ...] | None, ignored: tuple[int, ...]) -> MaskFormat:
-    names, colours, no_colours, no_values = [], [], [], list(ignored)
+    names: list[str] = []
+    colours: list[Colour] = []
+    no_colours: list[Colour] = []
+    no_values = list(ignored)
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip():
             continue
         part = _LINE.fullmatch(line.strip())
         assert part is not None
-        colour = [tuple(int(v) for v in part["colour"].split())] if part["colour"] else []
+        colour = [_colour(part["colour"])] if part["colour"] else []
         if part["ignored"]:
             no_colours += colour
             no_values += [int(part["value"])] if part["value"] else []
@@ -166,8 +169,12 @@ def _classes_file(file: Path, values: tuple[int, ...] | None, ignored: tuple[int
         colours += colour
         if colours and len(colours) != len(names):
             raise DataError(f"{file}:{number}: some classes have a colour and this one has none")
-    return MaskFormat(tuple(names), values, tuple(no_values), tuple(colours) or None,  # type: ignore[arg-type]
-                      tuple(no_colours))  # type: ignore[arg-type]
+    return MaskFormat(tuple(names), values, tuple(no_values), tuple(colours) or None, tuple(no_colours))
+
+
+def _colour(text: str) -> Colour:
+    red, green, blue = map(int, text.split())
+    return red, green, blue
 
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------

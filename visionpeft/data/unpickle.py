@@ -77,7 +77,8 @@ def convert(source: str | Path, target: str | Path | None = None) -> Path:
             f"{source}: neither a few-shot set (train, test) nor a list of points and labels: {error}"
         ) from error
     target = Path(target) if target is not None else source.with_suffix(".npz")
-    np.savez_compressed(target, **arrays)
+    with target.open("wb") as file:  # to a name numpy adds an ending
+        np.savez_compressed(file, **arrays)
     return target
 
 
