@@ -125,19 +125,21 @@ def set_active(backbone: Backbone, wanted: Sequence[tuple[Tuner, float]]) -> Non
         tuner.active = tuner.name in strengths
     for tuner, strength in wanted:
         tuner.set_strength(strength)
-    refresh(backbone)
+    _refresh(backbone, found)
 
 
 def refresh(backbone: Backbone) -> None:
     """Tell every holder who acts now, and put the tensors that should stand in their places."""
-    found = registry(backbone)
-    if found is None:
-        return
+    if (found := registry(backbone)) is not None:
+        _refresh(backbone, found)
+
+
+def _refresh(backbone: Backbone, found: Registry) -> None:
     names = tuple(name for name in found.order if found.tuners[name].merged is None)
     thawed = any(not found.tuners[name].method.freezes_statistics for name in found.order)
     keeps = any(found.tuners[name].memory == "keep" for name in found.order)
     route = "plain" if not found.fused else "keep" if keeps else "rebuild"
-    settle(backbone)
+    _settle_all(backbone, found)
     for root in backbone.roots.values():
         for _, module, held in binding.holders(root):
             held.act(names, route)
@@ -151,9 +153,10 @@ def release_samples(backbone: Backbone) -> None:
     """Back to the same adapters for all samples."""
     for root in backbone.roots.values():
         held = binding.holder(root)
-        if held is not None and held.samples is not None:
-            held.samples = held.backbone = None
-            binding.release(root, binding.SAMPLES)
+        if held is None or held.samples is None:
+            continue
+        held.samples = held.backbone = None
+        binding.release(root, binding.SAMPLES)
         for _, _, held in binding.holders(root):
             held.mixed = False
 
@@ -188,8 +191,12 @@ def _check_shared(wanted: Sequence[Tuner]) -> None:
 
 def settle(backbone: Backbone) -> None:
     """Put the tensor that should stand in each module in its place."""
-    found = registry(backbone)
-    everyone = list(found.tuners.values()) if found else []
+    if (found := registry(backbone)) is not None:
+        _settle_all(backbone, found)
+
+
+def _settle_all(backbone: Backbone, found: Registry) -> None:
+    everyone = list(found.tuners.values())
     keys = dict.fromkeys(key for tuner in everyone for key in tuner.in_place)
     for path, name in keys:
         owners = [t for t in everyone if t.active and (path, name) in t.in_place]

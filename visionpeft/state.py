@@ -120,14 +120,17 @@ def _components(tuner: Tuner) -> list[str]:
     return [name for name in tuner.backbone.roots if name in found] or list(tuner.backbone.roots)
 
 
-def describe(backbone: Backbone, components: Sequence[str] | None = None) -> dict[str, Any]:
+def describe(backbone: Backbone, components: Sequence[str] | None = None,
+             known: Sequence[Site] | None = None) -> dict[str, Any]:  # fmt: skip
     """Library, class and the shapes of all sites outside the classifier, which may differ in size.
 
-    Of some components only if they are named; one component is described as if it were the whole.
+    Of some components only if they are named; one component is described as if it were the whole. `known` are the
+    backbone's sites, which take as long to find as an adapter to load.
     """
     chosen = {name: root for name, root in backbone.roots.items() if components is None or name in components}
     roots = dict(sorted((chosen or backbone.roots).items()))  # in whatever order the model has them
-    sites = [s for s in backbone.sites() if s.role != "head" and backbone.split(s.path)[0] in roots]
+    every = backbone.sites() if known is None else known
+    sites = [s for s in every if s.role != "head" and backbone.split(s.path)[0] in roots]
     sites.sort(key=lambda s: backbone.split(s.path)[0])
     skipped = len(next(iter(roots))) + 1 if set(roots) != {""} and len(roots) == 1 else 0
     text = "\n".join(f"{str(s)[skipped:]} {s.kind} {s.shape}" for s in sites)
@@ -283,7 +286,8 @@ def _method(header: dict[str, Any], path: str | Path) -> Any:
 
 def _sites(header: dict[str, Any], backbone: Backbone, path: str | Path) -> list[Site]:
     """The file's sites in this model; names the first that differ."""
-    here = {(s.path, s.part, s.kind): s for s in backbone.sites()}
+    every = backbone.sites()
+    here = {(s.path, s.part, s.kind): s for s in every}
     found, wrong = [], []
     for entry in header["sites"]:
         site = here.get((entry["path"], entry["part"], entry["kind"]))
@@ -297,7 +301,7 @@ def _sites(header: dict[str, Any], backbone: Backbone, path: str | Path) -> list
             wrong.append(f"{label} is {shape} in the file and {'x'.join(map(str, site.shape))} here")
         else:
             found.append(site)
-    there, now = header["backbone"], describe(backbone, header.get("components"))
+    there, now = header["backbone"], describe(backbone, header.get("components"), every)
     if not wrong and there.get("fingerprint") != now["fingerprint"]:
         a, b = Counter(there.get("shapes", {})), Counter(now["shapes"])
         wrong = [f"{a[k]} sites of {k} in the file's model and {b[k]} here" for k in {**a, **b} if a[k] != b[k]]
