@@ -20,9 +20,14 @@ T = torch.tensor([3, 700])
 
 
 def config(tmp_path: Path, **fields: Any) -> Config:
+    """Two images and few updates."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(2):
+        tiny_image(i).save(folder / f"{i}.png")
     given: dict[str, Any] = dict(
-        out=str(tmp_path / "run"), cache=str(tmp_path / "cache"), steps=2, inference_steps=2, method="lora:rank=2",
-        checkpoint_seconds=0.0, prompt="a {}", previews=("a {}",),
+        images=str(folder), out=str(tmp_path / "run"), cache=str(tmp_path / "cache"), steps=2, inference_steps=2,
+        method="lora:rank=2", checkpoint_seconds=0.0, prompt="a {}", previews=("a {}",),
     )  # fmt: skip
     return Config(**given | fields)
 
@@ -112,15 +117,11 @@ def test_a_dit_learns_new_classes_at_twice_the_resolution(tmp_path: Path) -> Non
 
     from visionpeft.diffusion.classes import renew_classes
 
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i in range(2):
-        tiny_image(i).save(folder / f"{i}.png")
-    (folder / "captions.json").write_text(json.dumps({"0.png": "0", "1.png": "2"}))
     pipe: Any = tiny_pipelines.dit()
     null = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight[-1].clone()
-    one = config(tmp_path, images=str(folder), method="difffit:placement=thuml", new_classes=3, class_name="1",
-                 resolution=32, caption_dropout=0.5, steps=3, weight_decay=0.0)  # fmt: skip
+    one = config(tmp_path, method="difffit:placement=thuml", new_classes=3, class_name="1", resolution=32,
+                 caption_dropout=0.5, steps=3, weight_decay=0.0)  # fmt: skip
+    (Path(one.images) / "captions.json").write_text(json.dumps({"0.png": "0", "1.png": "2"}))
     run(one, pipe=pipe)
     tables = [b.norm1.emb.class_embedder.embedding_table.weight for b in pipe.transformer.transformer_blocks]
     assert all(t.shape == (4, 16) and torch.equal(t, tables[0]) for t in tables) and torch.equal(tables[0][3], null)

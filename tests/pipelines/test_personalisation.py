@@ -26,8 +26,17 @@ from safetensors.torch import load_file  # noqa: E402
 import visionpeft as vp  # noqa: E402
 from visionpeft.cli import main  # noqa: E402
 from visionpeft.data import scenes  # noqa: E402
+from visionpeft.data.subjects import read_subject  # noqa: E402
 from visionpeft.diffusion import DiffusionError, load_pipeline  # noqa: E402
-from visionpeft.diffusion.scores import LIVE_PROMPTS, OBJECT_PROMPTS, Encoder, among, scores  # noqa: E402
+from visionpeft.diffusion.scores import (  # noqa: E402
+    LIVE_PROMPTS,
+    OBJECT_PROMPTS,
+    Encoder,
+    among,
+    clip_encoder,
+    image_encoder,
+    scores,
+)
 from visionpeft.errors import VisionPEFTError  # noqa: E402
 from visionpeft.pipelines.generation import draw, subject_of  # noqa: E402
 from visionpeft.pipelines.personalisation import Config, bundled, run  # noqa: E402
@@ -314,6 +323,26 @@ def test_scores() -> None:
     assert abs(found["dino"] - (0 + 0 + 1 + 0.8 + 0 + 0.6) / 6) < 1e-12 and found["clip_i"] == found["dino"]
     assert abs(found["clip_t"] - (1 + 0.8) / 2) < 1e-12
     assert abs(among(images([*real, real[0]])) - 2 / 12) < 1e-12
+
+
+@pytest.mark.parametrize("words", [0, 1])
+def test_a_run_is_scored_before_and_after(config: Config, pipe: Any, monkeypatch: Any, words: int) -> None:
+    """On images of the base and of base plus adapter, each drawn again here; a word that learns is new to the base."""
+    pytest.importorskip("timm"), pytest.importorskip("open_clip")
+    monkeypatch.setattr("visionpeft.diffusion.scores.OBJECT_PROMPTS", ("a {}", "{} b"))
+    scored = replace(config, score_images=2, dino="nano_vit", clip_model="nano_clip", clip_checkpoint=None,
+                     word_vectors=words, guidance=2.0, seed=3)  # fmt: skip
+    result = run(scored, pipe=pipe)
+    dino, clip = image_encoder("nano_vit"), clip_encoder("nano_clip")
+    real = [p.open() for p in read_subject(config.images)]
+    path = str(config.folder / "adapter.safetensors")
+    for found, adapters, name in ((result.before, {}, "c" if words else "zqx c"), (result.after, {path: 1.0}, "{}")):
+        images = [draw(config.base, adapters, [p.replace("{}", name)], seed=3 + i, steps=2, guidance=2.0)[0][1]
+                  for i, p in enumerate(["a {}", "a {}", "{} b", "{} b"])]  # fmt: skip
+        wanted = scores(images, ["a c", "a c", "c b", "c b"], real, dino, clip)
+        assert found.keys() == wanted.keys() and all(abs(found[k] - wanted[k]) < 1e-4 for k in wanted)
+    assert abs(result.real["dino"] - among(dino.images(real))) < 1e-6
+    assert (config.folder / "sheet.png").exists() and "CLIP-T" in (config.folder / "report.html").read_text()
 
 
 def test_dreambench_prompts_are_the_published_ones() -> None:
