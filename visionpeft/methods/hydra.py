@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionpeft import lowrank
 from visionpeft.adapter import Adapter, Forgiving, Method, factory
 from visionpeft.methods.roles import there
 from visionpeft.sites import Backbone, Site
@@ -58,7 +59,7 @@ class HydraAdapter(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         p = 0.0 if not self.training else self.dropout
-        return y + self.scale * (self.parallel(x, p) + self.sequential(y, p)).to(y.dtype)
+        return y + self.scale * (self.parallel(x, p, self.route) + self.sequential(y, p, self.route)).to(y.dtype)
 
     def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         p, s = self.parallel, self.sequential
@@ -85,6 +86,7 @@ class Pair(Forgiving):
         """What it gives for zero."""
         return self.up_weight @ self.down_bias + self.up_bias
 
-    def forward(self, x: Tensor, dropout: float) -> Tensor:
-        h = F.dropout(F.linear(x, self.down_weight.to(x.dtype), self.down_bias.to(x.dtype)), dropout)
+    def forward(self, x: Tensor, dropout: float, route: str) -> Tensor:
+        h = lowrank.linear(x, self.down_weight.to(x.dtype), self.down_bias.to(x.dtype), [], route=route)
+        h = F.dropout(h, dropout)
         return F.linear(h, self.up_weight.to(h.dtype), self.up_bias.to(h.dtype))

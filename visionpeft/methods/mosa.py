@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionpeft import lowrank
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.errors import MethodError
 from visionpeft.sites import Backbone, Site
@@ -102,7 +103,7 @@ class MoSAAdapter(Adapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         dtype = x.dtype
         u = F.layer_norm(x, self.norm_weight.shape, self.norm_weight.to(dtype), self.norm_bias.to(dtype), 1e-6)
-        h = F.gelu(F.linear(u, self.down_weight.to(u.dtype), self.down_bias.to(u.dtype)))
+        h = F.gelu(lowrank.linear(u, self.down_weight.to(u.dtype), self.down_bias.to(u.dtype), [], route=self.route))
         h = F.dropout(h, self.dropout, self.training)
         weight, bias = self.up()
         return y + self.scale * F.linear(h, weight.to(h.dtype), bias.to(h.dtype)).to(y.dtype)

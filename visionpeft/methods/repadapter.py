@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionpeft import lowrank
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.binding import base_class
 from visionpeft.errors import MethodError
@@ -84,7 +85,7 @@ class RepAdapterAdapter(Adapter):
         return torch.block_diag(*self.up_weight.chunk(self.groups))
 
     def enter(self, x: Tensor) -> Tensor:
-        h = F.linear(x, self.down_weight.to(x.dtype), self.down_bias.to(x.dtype))
+        h = lowrank.linear(x, self.down_weight.to(x.dtype), self.down_bias.to(x.dtype), [], route=self.route)
         h = F.dropout(h, self.dropout, self.training)
         return x + self.scale * F.linear(h, self.up().to(h.dtype), self.up_bias.to(h.dtype)).to(x.dtype)
 
