@@ -123,12 +123,13 @@ def test_a_larger_budget_buys_more():
 
 
 @pytest.mark.parametrize("method", [M.AdaptFormer(hidden=4), M.Houlsby(hidden=4), M.FacTTT(rank=2), M.Hydra(),
-                                    M.RepAdapter(hidden=4), M.VPT(tokens=2)], ids=lambda m: m.key)  # fmt: skip
+                                    M.RepAdapter(hidden=4), M.VPT(tokens=2), M.Rein(tokens=4, rank=2)],
+                         ids=lambda m: m.key)  # fmt: skip
 def test_any_method_can_be_allocated(method, tmp_path):
     """Its sites are those of its kind; where it acts no entry of the same matrices learns; it goes through a file."""
     model, scores = scored()
     plan = spt.allocate(model, scores, method, budget=3000, alpha=2, taus=TAUS)
-    assert plan.structured and (plan.sparse or method.key == "vpt")
+    assert plan.structured and (plan.sparse or method.key in ("vpt", "rein"))
     for name in plan.structured:
         path, _, part = name.partition(":")
         below = {"mlp": f"{path}.mlp", "attention": f"{path}.attn"}.get(part, path)

@@ -32,7 +32,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Bottleneck(Method):
-    """What the three have in common.
+    """What adapters of two matrices with a non-linearity between them have in common.
 
     Attributes:
         hidden: width of the bottleneck.
@@ -55,7 +55,10 @@ class Bottleneck(Method):
         raise NotImplementedError
 
     def reset(self, adapter: BottleneckAdapter) -> None:
-        raise NotImplementedError
+        """Down is drawn, Up and both biases are zero: identity."""
+        nn.init.kaiming_uniform_(adapter.down_weight, a=math.sqrt(5))
+        for zero in (adapter.down_bias, adapter.up_weight, adapter.up_bias):
+            nn.init.zeros_(zero)
 
     def combine(self, adapter: BottleneckAdapter, x: Tensor, z: Tensor) -> Tensor:
         """What is added to the residual stream instead of z."""
@@ -75,12 +78,6 @@ class AdaptFormer(Bottleneck):
 
     def act(self, x: Tensor) -> Tensor:
         return F.relu(x)
-
-    def reset(self, adapter: BottleneckAdapter) -> None:
-        """Down is drawn, Up and both biases are zero: identity."""
-        nn.init.kaiming_uniform_(adapter.down_weight, a=math.sqrt(5))
-        for zero in (adapter.down_bias, adapter.up_weight, adapter.up_bias):
-            nn.init.zeros_(zero)
 
     def combine(self, adapter: BottleneckAdapter, x: Tensor, z: Tensor) -> Tensor:
         return z + self.scale * adapter.bottleneck(x).to(z.dtype)  # under autocast the stream is wider

@@ -9,41 +9,29 @@ biases start at zero. Does not merge.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from visionpeft.adapter import Adapter, factory
-from visionpeft.methods.bottleneck import Bottleneck, BottleneckAdapter
+from visionpeft.methods.bottleneck import AdaptFormer, BottleneckAdapter
 from visionpeft.sites import Site
 
 
 @dataclass(frozen=True)
-class ParallelAdapter(Bottleneck):
+class ParallelAdapter(AdaptFormer):
     """
     Attributes:
         scale: s; 4 in the paper's scaled form, 1 is the plain one.
     """
 
     key: ClassVar[str] = "parallel"
+    dropout: float = 0.0
     scale: float = 4.0
 
     def build(self, site: Site, module: nn.Module) -> Adapter:
         return NormedAdapter(self, site.shape[0], **factory(module))
-
-    def act(self, x: Tensor) -> Tensor:
-        return F.relu(x)
-
-    def reset(self, adapter: BottleneckAdapter) -> None:
-        nn.init.kaiming_uniform_(adapter.down_weight, a=math.sqrt(5))
-        for zero in (adapter.down_bias, adapter.up_weight, adapter.up_bias):
-            nn.init.zeros_(zero)
-
-    def combine(self, adapter: BottleneckAdapter, x: Tensor, z: Tensor) -> Tensor:
-        return z + self.scale * adapter.bottleneck(x).to(z.dtype)
 
 
 class NormedAdapter(BottleneckAdapter):

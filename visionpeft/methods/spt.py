@@ -47,7 +47,7 @@ class SPT(Method):
     """
 
     key: ClassVar[str] = "spt"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "branch", "block"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "branch", "block", "stage"})
 
     method: Any = None
     structured: Sequence[str] = ()

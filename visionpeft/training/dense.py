@@ -88,7 +88,7 @@ class Windows:
             return model(images).float()
         side, (height, width) = self.side, images.shape[-2:]
         total, times = images.new_zeros(()), images.new_zeros(height, width)
-        for corners in _cut(self.corners(height, width), max(self.batch // len(images), 1)):
+        for corners in _cut(self.corners(height, width), self.batch):
             given = model(torch.cat([images[..., top:top + side, left:left + side] for top, left in corners])).float()
             if not total.dim():
                 total = given.new_zeros(len(images), given.shape[1], height, width)
