@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,13 +110,34 @@ def image_files(images: str | Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    path = Path(images)
+    return files_below(images, SUFFIXES, "images")
+
+
+def files_below(given: str | Path, suffixes: Sequence[str], what: str) -> list[Path]:
+    """A file, or all files of some kinds below a folder, sorted; an error says that there is no `what`."""
+    path = Path(given)
     if path.is_file():
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
     if not found:
-        raise DataError(f"{path}: no images ({', '.join(SUFFIXES)}) found here")
+        raise DataError(f"{path}: no {what} ({', '.join(suffixes)}) found here")
     return found
+
+
+def outputs(files: Sequence[Path], given: str | Path, out: Path, suffix: str) -> list[Path]:
+    """Where the result of each file goes: below `out` as it lies below the folder given, with another ending.
+
+    Raises:
+        DataError: two files would share one.
+    """
+    base = Path(given) if Path(given).is_dir() else Path(given).parent
+    found: dict[Path, Path] = {}
+    for file in files:
+        target = (out / file.relative_to(base)).with_suffix(suffix)
+        if target in found:
+            raise DataError(f"{found[target]} and {file} would both be written to {target}: rename one")
+        found[target] = file
+    return list(found)
 
 
 @torch.no_grad()
@@ -133,15 +154,16 @@ def predict(deployed: Deployed, paths: list[Path], batch_size: int = 32) -> Iter
         inputs = torch.stack([transform(data.read_image(path)) for path in part])
         logits = deployed.model(inputs.to(device)).float().cpu()
         chances = logits.sigmoid() if deployed.multi_label else logits.softmax(1)
-        yield from (_prediction(path, row, deployed) for path, row in zip(part, chances, strict=True))
+        yield from (prediction(path, row, deployed.classes, deployed.multi_label)
+                    for path, row in zip(part, chances, strict=True))
 
 
-def _prediction(path: Path, chances: Tensor, deployed: Deployed, shown: int = 3) -> Prediction:
-    classes = deployed.classes
-    best = chances.topk(min(shown, len(classes)))
+def prediction(path: Path, chances: Tensor, classes: list[str], multi_label: bool = False) -> Prediction:
+    """What probabilities [C] say of a file."""
+    best = chances.topk(min(3, len(classes)))
     ranked = [(classes[int(i)], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
     label = ranked[0][0]
-    if deployed.multi_label:
+    if multi_label:
         label = " ".join(name for name, p in zip(classes, chances, strict=True) if p > 0.5)
     return Prediction(str(path), label, ranked[0][1], ranked[1:])
 
@@ -163,7 +185,7 @@ def write_masks(deployed: Deployed, images: str | Path, out: Path) -> int:
     out/overlays/NAME.png, the image under their colours; and the names of the classes into out/classes.txt.
 
     Raises:
-        DataError: an image cannot be read; it is named.
+        DataError: an image cannot be read, or two differ by their endings alone; they are named.
     """
     from visionpeft.data.mask_transforms import together
     from visionpeft.report.segmentation import coloured, overlay
@@ -171,13 +193,12 @@ def write_masks(deployed: Deployed, images: str | Path, out: Path) -> int:
 
     windows = Windows(deployed.metadata["windows"], deployed.metadata["overlap"])
     transform, paths = together(deployed.spec), image_files(images)
-    base = Path(images) if Path(images).is_dir() else Path(images).parent
-    for path in paths:
+    for path, place in zip(paths, outputs(paths, images, Path(), ".png"), strict=True):
         image = data.read_image(path)
         inputs = transform(image, np.zeros((image.height, image.width), np.uint8))[0][None]
         mask = windows.logits(deployed.model, inputs)[0].argmax(0).to(torch.uint8).numpy()
         for kind, picture in (("masks", coloured(mask)), ("overlays", overlay(image, mask))):
-            target = (out / kind / path.relative_to(base)).with_suffix(".png")
+            target = out / kind / place
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target)
     runs.write_text(out / "classes.txt", "".join(f"{name}\n" for name in deployed.classes))

@@ -15,7 +15,7 @@ from visionpeft.data.cloud_files import SUFFIXES, read_cloud
 from visionpeft.data.clouds import unit
 from visionpeft.errors import AdapterFileError, DataError
 from visionpeft.models.point_ops import farthest_points, nearest_points, take
-from visionpeft.pipelines.deploy import Prediction, _prediction, adapter_path
+from visionpeft.pipelines.deploy import Prediction, adapter_path, files_below, outputs, prediction
 from visionpeft.pipelines.point_parts import Likeliest
 from visionpeft.pipelines.point_settings import CloudBackbone, Sampling
 from visionpeft.pipelines.points import build
@@ -30,7 +30,6 @@ class DeployedClouds:
     tuner: Any
     classes: list[str]
     sampling: Sampling
-    multi_label: bool = False
     parts: tuple[str, ...] = ()
     """Names of the parts that it tells apart; none for a classifier."""
     owned: tuple[tuple[int, ...], ...] = ()
@@ -57,7 +56,7 @@ def restore(run: str | Path, checkpoint: str | None = None) -> DeployedClouds:
     model = build(backbone, *sizes, pretrained=metadata["pretrained"])
     tuner = vp.load(model, path)
     owned = tuple(map(tuple, metadata.get("owned", ())))
-    return DeployedClouds(model.eval(), tuner, classes, Sampling(**metadata["preprocessing"]), False, parts, owned)
+    return DeployedClouds(model.eval(), tuner, classes, Sampling(**metadata["preprocessing"]), parts, owned)
 
 
 def cloud_files(clouds: str | Path) -> list[Path]:
@@ -66,13 +65,7 @@ def cloud_files(clouds: str | Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    path = Path(clouds)
-    if path.is_file():
-        return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not found:
-        raise DataError(f"{path}: no clouds ({' '.join(SUFFIXES)}) found here")
-    return found
+    return files_below(clouds, SUFFIXES, "clouds")
 
 
 @torch.no_grad()
@@ -80,7 +73,7 @@ def predict(deployed: DeployedClouds, paths: list[Path]) -> Iterator[Prediction]
     """Predictions in the order of `paths`, one file at a time: clouds may have any number of points."""
     for path in paths:
         points, _ = _seen(deployed, path)
-        yield _prediction(path, deployed.model(points)[0].softmax(0), deployed)  # type: ignore[arg-type]
+        yield prediction(path, deployed.model(points)[0].softmax(0), deployed.classes)
 
 
 def _seen(deployed: DeployedClouds, path: Path) -> tuple[Tensor, Tensor]:
@@ -101,16 +94,14 @@ def write_parts(deployed: DeployedClouds, clouds: str | Path, out: Path, categor
         category: of all the clouds; None takes the name of the folder that a file is in.
 
     Raises:
-        DataError: the category of a file is not known.
+        DataError: the category of a file is not known, or two files differ by their endings alone.
     """
     paths, likeliest = cloud_files(clouds), Likeliest(deployed.model, deployed.owned, len(deployed.parts))
-    base = Path(clouds) if Path(clouds).is_dir() else Path(clouds).parent
     wanted = [_category(deployed, path, category) for path in paths]
-    for path, kind in zip(paths, wanted, strict=True):
+    for path, kind, target in zip(paths, wanted, outputs(paths, clouds, out, ".txt"), strict=True):
         seen, whole = _seen(deployed, path)
         parts = likeliest(nn.functional.pad(seen, (0, 1), value=kind))
         nearest = nearest_points(whole, seen, 1)[0, :, 0]
-        target = (out / path.relative_to(base)).with_suffix(".txt")
         rows = zip(read_cloud(path)[:, :3].tolist(), parts[0, nearest].int().tolist(), strict=True)
         runs.write_text(target, "".join(f"{x:.8g} {y:.8g} {z:.8g} {part}\n" for (x, y, z), part in rows))
     lines = [f"{part},{deployed.parts[part]},{name}\n"

@@ -47,9 +47,9 @@ class Settings(Common):
 
     @property
     def backbone(self) -> CloudBackbone:
-        own = point_transformer.ARCHITECTURES.get(self.model)
-        fixed = own.groups if own is not None and self.model == NANO else 64 if self.seen < 2048 else 128
-        return CloudBackbone(self.model, self.checkpoint, self.groups or fixed)
+        usual = 64 if self.seen < 2048 else 128
+        own = point_transformer.ARCHITECTURES[NANO].groups if self.model == NANO else usual
+        return CloudBackbone(self.model, self.checkpoint, self.groups or own)
 
 
 @dataclass(frozen=True)

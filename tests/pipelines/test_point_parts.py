@@ -130,6 +130,9 @@ def test_predict_writes_a_part_for_every_point_of_a_file(given, tmp_path, capsys
         own = np.linalg.norm(cloud[:, None] - seen[0, :, :3].numpy()[None], axis=-1).argmin(1)
         assert (rows[:, 3] == said[own]).mean() > 0.97  # but where two are as near
     single = tmp_path / "clouds" / "table" / "3.xyz"
+    np.save(single.with_suffix(".npy"), tests[3])
+    with pytest.raises(DataError, match="3.npy and .*3.xyz would both be written to .*table/3.txt"):
+        point_deploy.write_parts(deployed, tmp_path / "clouds", out)
     assert cli.main(["points", "predict", result.folder, str(single), "--out", str(out), "--category", "bed"]) == 2
     assert "'bed' is no category" in capsys.readouterr().err
     single.rename(tmp_path / "3.xyz")

@@ -210,6 +210,8 @@ def test_predict_writes_masks_and_overlays(make: Any, tmp_path: Path, windows: i
     assert cli.main(["predict", str(config.folder), str(tmp_path / "photos"), "--out", str(out)]) == 0
     assert Image.open(out / "masks" / "odd.png").size == (50, 33)
     assert (out / "classes.txt").read_text().split() == load_segmentation("bundled").classes
+    Image.new("L", (50, 33)).save(tmp_path / "photos" / "odd.png")
+    assert cli.main(["predict", str(config.folder), str(tmp_path / "photos"), "--out", str(out)]) == 2
     cell = Cell(config, plan_for(config), make_accelerator())
     vp.load(cell.model, config.folder / "adapter.safetensors", name="trained")
     kept = cell._score(cell.splits, "test", keep=(0, 1))[1]
