@@ -102,3 +102,11 @@ def test_spt_spends_its_budget_there(backbone, inner):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in tuner.parameters())
     tuner.merge()
     assert float((model(x) - y).detach().abs().max()) < 1e-10 * float(y.detach().abs().max())
+
+
+def test_spt_spends_on_whole_blocks_there():
+    model = made("swin").double()
+    scores = spt.sensitivity(model, [(torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 2]))])
+    plan = spt.allocate(model, scores, vp.methods.Rein(tokens=3, rank=2), budget=9000, alpha=20, taus=(500, 4000))
+    assert set(plan.structured) & {"layers.0.blocks.0", "layers.1.blocks.0"}
+    assert set(plan.structured) <= {str(s) for s in vp.attach(model, plan, train="head").adapters}
