@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from visionpeft.data import made_clouds
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ["--epochs", "3", "--batch-size", "16", "--drop-path", "0.1", "--ema", "0.9", "--augment", "crop",
@@ -72,23 +75,53 @@ def test_sigkill_at_any_step(tmp_path: Path, checkpoint: str, method: str, kill_
     assert tensors.keys() == resumed.keys() and all(torch.equal(tensors[key], resumed[key]) for key in tensors)
 
 
-@pytest.mark.slow
-def test_two_processes_do_the_work_of_one(tmp_path: Path, checkpoint: str) -> None:
-    """Two cells in one launch, so that the process group has to outlive the first."""
-    recipe = ["--epochs", "2", "--batch-size", "14", "--clip", "1.0", "--augment", "flip", "--workers", "0"]
-    methods = ["lora:rank=2", "linear"]
-    finish(start(["-m", "visionpeft.cli", "classify", *arguments(checkpoint, tmp_path / "one", methods, recipe)]))
+def in_two(script: str, *arguments: str) -> None:
+    """Run a script in two processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     # With --cpu, accelerate 1.15 starts one process and says nothing of the number asked for.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
-    script = [str(ROOT / "scripts" / "train_classification.py")]
-    finish(start([*launch, *script, *arguments(checkpoint, tmp_path / "two", methods, recipe)]))
+    finish(start([*launch, str(ROOT / "scripts" / script), *arguments]))
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_work_of_one(tmp_path: Path, checkpoint: str) -> None:
+    """Two cells in one launch, so that the process group has to outlive the first."""
+    recipe = ["--epochs", "2", "--batch-size", "14", "--clip", "1.0", "--augment", "flip", "--workers", "0"]
+    methods = ["lora:rank=2", "linear"]
+    finish(start(["-m", "visionpeft.cli", "classify", *arguments(checkpoint, tmp_path / "one", methods, recipe)]))
+    in_two("train_classification.py", *arguments(checkpoint, tmp_path / "two", methods, recipe))
     for method in ("lora", "linear"):
         (metrics, tensors), (again, shared) = outcome(tmp_path / "one", method), outcome(tmp_path / "two", method, "2")
         assert again.keys() == metrics.keys()
         assert again["train_loss"] == pytest.approx(metrics["train_loss"], rel=1e-5)
         assert again["test_accuracy"] == pytest.approx(metrics["test_accuracy"], abs=0.021)
         assert all(torch.allclose(tensors[key], shared[key], atol=1e-5) for key in tensors)
+
+
+@pytest.mark.slow
+def test_two_processes_segment_as_one(tmp_path: Path, checkpoint: str) -> None:
+    """Losses image by image and one confusion matrix: the same update and, but for rounding, the same mIoU."""
+    given = ["--model", "test_vit", "--checkpoint", checkpoint, "--img-size", "32", "--data", "bundled?train=20&test=5",
+             "--method", "lora:rank=2", "--epochs", "2", "--batch-size", "6", "--workers", "0", "--jobs", "1"]
+    finish(start(["-m", "visionpeft.cli", "segment", *given, "--out", str(tmp_path / "one")]))
+    in_two("train_segmentation.py", *given, "--out", str(tmp_path / "two"))
+    (metrics, tensors), (again, shared) = outcome(tmp_path / "one"), outcome(tmp_path / "two", processes="2")
+    assert again["train_loss"] == pytest.approx(metrics["train_loss"], rel=1e-5)
+    assert again["test_mIoU"] == pytest.approx(metrics["test_mIoU"], abs=1e-3)
+    assert all(torch.allclose(tensors[key], shared[key], atol=1e-5) for key in tensors)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_clouds(tmp_path: Path) -> None:
+    """Each has its own batch statistics in the classifier, so that nothing but the course is the same."""
+    rng = np.random.default_rng(0)
+    clouds = np.stack([made_clouds.make(name, rng, 64) for name in ("bed", "lamp") for _ in range(12)])
+    np.savez(tmp_path / "a.npz", points=clouds, label=np.repeat([0, 1], 12))
+    in_two("train_point_cloud.py", "--data", f"npz:{tmp_path / 'a.npz'}", "--points", "64", "--groups", "8", "--method",
+           "pointgst:rank=4,local=4", "--epochs", "2", "--batch-size", "8", "--jobs", "1", "--out", str(tmp_path / "o"))
+    metrics, tensors = outcome(tmp_path / "o", processes="2")
+    assert {"test_accuracy", "test_mean_per_class", "train_loss"} <= metrics.keys()
+    assert any(key.endswith("turn_weight") and value.any() for key, value in tensors.items())
