@@ -183,8 +183,8 @@ class ReversibleSite(binding.Mixin):
         if chain.given is None or chain.given() is not x:
             chain.clear()
             raise VisionPEFTError(
-                'memory="reversible": the model does something between its blocks, calls them out of turn, or has '
-                'compiled some of them alone; use memory="checkpoint"'
+                'memory="reversible": the model does something between its blocks (so does FSDP2 that shards each), '
+                'calls them out of turn, or has compiled some of them alone; use memory="checkpoint"'
             )
         try:
             y = _step(chain, self, inner, x, args, kwargs)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small import lora
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import visionpeft as vp
@@ -228,6 +229,28 @@ def test_compiled_block_by_block():
     model.blocks[3]._compiled_call_impl = None
     with pytest.raises(VisionPEFTError, match="compiled some of them alone"):
         model(X)
+
+
+def test_fsdp2_may_shard_the_whole_and_no_block(tmp_path):
+    """Around every block it hands on another tensor. One process: what more of them do is not tested."""
+
+    def learnt(model: nn.Module, tuner: vp.Tuner) -> list[torch.Tensor]:
+        model(X).square().sum().backward()
+        return [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in tuner.parameters()]
+
+    expected = learnt(*attached())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model, tuner = attached()
+        fully_shard(model)
+        assert all(torch.equal(a, b) for a, b in zip(learnt(model, tuner), expected, strict=True))
+        model, tuner = attached()
+        for block in model.blocks:
+            fully_shard(block)
+        with pytest.raises(VisionPEFTError, match="FSDP2 that shards each"):
+            model(X)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_overflow_and_nan_are_seen():
