@@ -188,6 +188,7 @@ def test_the_command_prints_the_table_and_the_curve(folder, capsys):
     assert cli.main(["zero-shot", "--model", "tiny", *arguments, "--out", str(folder / "out")]) == 0
     shown = capsys.readouterr().out
     assert "difference" in shown and "0.50" in shown and "mean per class" in shown and "digits" in shown
+    assert "tiny, 1 template" in shown and "templates" not in shown
     assert cli.main(["zero-shot", "--model", "tiny", "--data", "folder-all:nowhere"]) == 2
     assert "nowhere: image folder not found" in capsys.readouterr().err
 

@@ -49,13 +49,13 @@ def _zero_shot(config: ZeroShot = _ZERO_SHOT) -> int:
     """
     from visionpeft.pipelines.zero_shot import run
     from visionpeft.report.console import _console, _table
-    from visionpeft.report.zero_shot import curve_rows, rows
+    from visionpeft.report.zero_shot import curve_rows, rows, title
 
     console = _console()
     config = with_demo(config)
     result = run(config, lambda line: console.print(line, markup=False, style="dim"))
     head, body = rows(result)
-    console.print(_table(head, body, f"{result.model}, {result.templates} templates"))
+    console.print(_table(head, body, title(result)))
     if result.curve:
         console.print(_table(*curve_rows(result), "over the adapter's scale"))
     if config == replace(DEMO, out=config.out):

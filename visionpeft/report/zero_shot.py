@@ -32,9 +32,13 @@ def curve_rows(result: Any) -> tuple[list[str], list[list[str]]]:
     return ["scale", *(f"{name} %" for name in names)], body
 
 
+def title(result: Any) -> str:
+    return f"{result.model}, {result.templates} template{'' if result.templates == 1 else 's'}"
+
+
 def report(result: Any) -> str:
     """A self-contained page."""
-    notes = [f"{result.model}, {result.templates} templates"]
+    notes = [title(result)]
     if result.adapter:
         notes.append(f"adapter: {result.adapter}, {result.parameters:,} parameters")
     sections = [page.paragraphs(notes), page.table(*rows(result))]
