@@ -32,6 +32,10 @@ BITS = 6
 LAMBDA = 2.0**-BITS
 _UNIT = 2.0**-40  # of the whole numbers: finer than single precision for all above 1e-5
 _MOST = 2.0**21  # states beyond become NaN, as an overflow should
+_OUT_OF_TURN = (
+    'memory="reversible": the model does something between its blocks (so does FSDP2 that shards each), calls them out '
+    'of turn, or has compiled some of them alone; use memory="checkpoint"'
+)
 _PACKED = 63 // BITS  # blocks whose bits share a number
 
 
@@ -182,10 +186,7 @@ class ReversibleSite(binding.Mixin):
             chain.hold(x, x)
         if chain.given is None or chain.given() is not x:
             chain.clear()
-            raise VisionPEFTError(
-                'memory="reversible": the model does something between its blocks (so does FSDP2 that shards each), '
-                'calls them out of turn, or has compiled some of them alone; use memory="checkpoint"'
-            )
+            raise VisionPEFTError(_OUT_OF_TURN)
         try:
             y = _step(chain, self, inner, x, args, kwargs)  # type: ignore[arg-type]
         except BaseException:
@@ -200,7 +201,10 @@ class ReversibleSite(binding.Mixin):
 
 def _plain(chain: Chain, place: str, x: Tensor, y: Tensor) -> Tensor:
     """The formula where every step must be seen."""
-    y = y + LAMBDA * (x if place == "first" else chain.last)
+    last = x if place == "first" else chain.last
+    if last is None:
+        raise VisionPEFTError(_OUT_OF_TURN)
+    y = y + LAMBDA * last
     chain.last = None if place == "last" else x
     return (y + x) / 2 if place == "last" else y
 
