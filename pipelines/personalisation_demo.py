@@ -2,10 +2,11 @@
 
 Three figures, in per cent of drawn images, before and after:
 
-    recognised   "a photo of a TOKEN toy" is taken for the subject and none of the four other bundled toys
-    obeyed       "a photo of a TOKEN toy in the snow" (and seven other places) is taken to be there
+    recognised   "a photo of a <subject> toy" is taken for the subject and none of the four other bundled toys
+    obeyed       "a photo of a <subject> toy in the snow" (and seven other places) is taken to be there
     others       "a photo of a cat" (and the nine other classes of CIFAR-10) is taken for that class
 
+Each method learns together with the new word <subject> (pivotal tuning); before, it is "a photo of a toy".
 The judges know nothing of the pipeline: nano_vit's own CIFAR-10 head, and logistic regressions on its features, fitted
 to drawings made here (none of them the subject's training images). Their accuracy on further drawings is told.
 """
@@ -33,10 +34,11 @@ from visionpeft.report import page
 from visionpeft.report.personalisation import sheet
 from visionpeft.training import runs
 
-# To be chosen on the subject bee once the nano pipeline is trained, and shown on robo.
-METHODS = {"krona:a1=4,a2=16": 5e-3, "lora:rank=4": 2e-3, "difffit": 5e-3}
-DEMO = Config(images="bundled:robo", class_name=scenes.CLASS, prior=48, batch_size=4, steps=400, ema=0.99, min_snr=5.0,
-              inference_steps=15, guidance=3.0, schedule="cosine")  # fmt: skip
+# Chosen on the subject bee, shown on robo.
+METHODS = {"krona:a1=4,a2=16": 2e-3, "lora:rank=4": 1e-3, "difffit": 2e-3}
+DEMO = Config(images="bundled:robo", class_name=scenes.CLASS, word_vectors=4, rates=("*token_embedding*=1e-2",),
+              prior=48, batch_size=4, steps=600, ema=0.99, min_snr=5.0, inference_steps=15, guidance=3.0,
+              schedule="cosine")  # fmt: skip
 SUBJECT_IMAGES, PLACE_IMAGES, CLASS_IMAGES, SIDE_BY_SIDE = 40, 5, 20, 40
 HEAD = ["", "parameters", "recognised %", "obeyed %", "others %", "seconds"]
 
