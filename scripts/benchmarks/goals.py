@@ -33,7 +33,13 @@ class Goal(NamedTuple):
         if not found:
             return *what, "-", "not measured"
         measured = found[0][self.figure]
-        return *what, f"{measured:.3f}", "met" if measured <= self.most else "missed"
+        return *what, f"{measured:.3f}", "met" if measured <= self.most else f"missed{self._limit(rows)}"
+
+    def _limit(self, rows: list[Row]) -> str:
+        """What the frozen model alone has of it, below which no adapter can be."""
+        place = (SUBJECTS[self.key].title, self.precision, "frozen")
+        found = [r for r in rows if (r["subject"], r["precision"], r["contender"]) == place and self.figure in r]
+        return f"; the frozen model alone {found[0][self.figure]:.3f}" if found else ""
 
 
 GOALS = [
