@@ -131,10 +131,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure, panels = plt.subplots(1, len(axes), figsize=(4.2 * len(axes), 3.4), layout="constrained", squeeze=False)
     for axis, panel in zip(axes, panels[0], strict=True):
         own = [r for r in rows if r["axis"] == axis]
-        for name in dict.fromkeys(r["contender"] for r in own):
+        for i, name in enumerate(dict.fromkeys(r["contender"] for r in own)):
             points = sorted((r["value"], r.get("mib", r.get("ratio"))) for r in own if r["contender"] == name)
-            dashed = "--" if name == "frozen" else "-"
-            panel.plot(*zip(*points, strict=True), dashed, marker="o", markersize=3, label=name)
+            width = (6, 2, 6, 2, 2)[i % 5] if axis != "rank" else 2  # lines that lie upon one another are both seen
+            panel.plot(*zip(*points, strict=True), linewidth=width, label=name)
         panel.set(xlabel=AXES[axis], ylabel="step, times frozen" if axis == "rank" else "MiB alive after forward")
         if axis == "rank":
             panel.set_xscale("log", base=2)
