@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,3 +38,17 @@ def test_demo(tmp_path: Path, monkeypatch: Any) -> None:
     assert (folder / "sheet.png").stat().st_size > 1000 and "<img" in (folder / "report.html").read_text()
     for name in ("krona", "lora", "difffit"):
         assert (folder / name / "adapter.safetensors").exists() and (folder / name / "report.html").exists()
+
+
+def test_a_folder_and_a_seed_are_the_demo_still(monkeypatch: Any) -> None:
+    from visionpeft.diffusion import commands
+    from visionpeft.pipelines import personalisation
+
+    asked = []
+    monkeypatch.setattr(demo, "demo", lambda watch, status, config: asked.append(config) or (["a"], [], Path()))
+    monkeypatch.setattr(personalisation, "run", lambda *given: asked.append("run") or sys.exit())
+    commands._personalise(commands.Config(out="here", seed=3))
+    assert asked == [replace(demo.DEMO, out="here", seed=3)]
+    with pytest.raises(SystemExit):
+        commands._personalise(commands.Config(out="here", steps=7))
+    assert asked[1:] == ["run"]

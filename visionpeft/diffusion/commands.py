@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ def register(app: Any) -> None:
 def _personalise(config: Config = _DEFAULT) -> int:
     """Teach a diffusion pipeline a subject from a few images.
 
-    With no arguments: the bundled nano pipeline learns a drawn toy by KronA, LoRA and DiffFit; the table tells how
-    well it is recognised among five toys, whether prompts are still obeyed, and what other classes lost. A killed run
-    goes on where it was; more --steps extend a finished one.
+    With no arguments, or with --out and --seed alone: the bundled nano pipeline learns a drawn toy by KronA, LoRA and
+    DiffFit; the table tells how well it is recognised among five toys, whether prompts are still obeyed, and what other
+    classes lost. A killed run goes on where it was; more --steps extend a finished one.
     """
     from visionpeft.report.console import _console, _table
     from visionpeft.report.personalisation import score_rows
@@ -33,11 +34,12 @@ def _personalise(config: Config = _DEFAULT) -> int:
     def watch(line: str) -> None:
         console.print(line, markup=False)
 
-    if config == _DEFAULT:
-        from visionpeft.pipelines.personalisation_demo import demo
+    if replace(config, out=_DEFAULT.out, seed=_DEFAULT.seed) == _DEFAULT:
+        from visionpeft.pipelines.personalisation_demo import DEMO, demo
 
+        own = replace(DEMO, out=config.out, seed=config.seed)
         with console.status("") as status:
-            head, body, folder = demo(watch, lambda text: status.update(text))
+            head, body, folder = demo(watch, lambda text: status.update(text), own)
         console.print(_table(head, body, "before and after"))
         console.print(f"sheet and report: {folder}", markup=False)
         return 0
