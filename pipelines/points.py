@@ -83,8 +83,8 @@ def bundled_weights(name: str) -> str:
 
 
 EPOCHS = {"linear": 30, "scratch": 20, "full": 12}
-# Of the nano model. 1e-3 or 4e-3 as scripts/point_table.py chose on validation clouds; linear and full, where both tied,
-# were set by hand.
+# Of the nano model. 1e-3 or 4e-3, as scripts/point_table.py chose on validation clouds; linear and full, where both
+# tied, were set by hand.
 RATES = {"linear": 5e-3, "full": 5e-4, "scratch": 1e-3, "ppt": 1e-3, "ssf": 1e-3, "bitfit": 1e-3}
 
 

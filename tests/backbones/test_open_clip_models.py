@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
     "ViT-L-14": (427_616_513, {**VIT, **many((Q + OUT + MLP, 24)), "norm": 50}, TEXT),
     "ViT-B-16-SigLIP": (203_155_970, SIGLIP, TEXT),
     "ViT-B-16-SigLIP2": (375_187_970, SIGLIP, TEXT),
-    "convnext_base_w": (179_385_345, {"conv": 40, "norm": 41, **many((MLP, 36)), "projection": 1}, TEXT),
+    "convnext_base_w": (179_385_345, {"conv": 40, "norm": 41, **many((MLP + ("map",), 36)), "projection": 1}, TEXT),
     "RN50": (102_007_137, {"conv": 55, "norm": 55, **many((Q + OUT, 1))}, TEXT),
     "coca_ViT-B-32": (253_560_065, {**VIT, **many((Q + OUT, 13)), "norm": 28}, TEXT),
     "MobileCLIP-S2": (
@@ -45,17 +45,17 @@ MODELS: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
     "MobileCLIP-B": (149_777_153, {**TRUNK, "conv": 3, "norm": 27} | {"patch_embed": 0}, TEXT),
     "EVA02-B-16": (
         149_691_137,
-        {**many((Q + OUT + ("mlp_out",), 12)), "mlp_in": 24, "patch_embed": 1, "norm": 49, "projection": 1},
+        {**many((Q + OUT + ("mlp_out", "grid"), 12)), "mlp_in": 24, "patch_embed": 1, "norm": 49, "projection": 1},
         TEXT,
     ),
     "EVA01-g-14": (
         1_136_435_841,
-        {**many((Q + OUT + MLP + ("qkv",), 40)), "patch_embed": 1, "norm": 81, "projection": 1},
+        {**many((Q + OUT + MLP + ("qkv", "grid"), 40)), "patch_embed": 1, "norm": 81, "projection": 1},
         TEXT,
     ),
     "PE-Core-B-16": (
         447_660_545,
-        {**many((Q + OUT + MLP, 13), (("qkv",), 12)), "patch_embed": 1, "norm": 27, "": 1, "projection": 1},
+        {**many((Q + OUT + MLP, 13), (("qkv", "grid"), 12)), "patch_embed": 1, "norm": 27, "": 1, "projection": 1},
         {**TEXT, **many((Q + OUT + MLP, 24)), "norm": 49},
     ),
     "ViTamin-S": (

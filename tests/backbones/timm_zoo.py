@@ -99,7 +99,7 @@ def _swin(name: str) -> Callable[[], nn.Module]:
 
 
 _PLAIN = "patch_embed=1 qkv=2 query=2 key=2 value=2 attn_out=2 mlp_in=2 mlp_out=2 attention=2 mlp=2"
-_VIT = f"{_PLAIN} block=2 head=1"
+_VIT, _EVA = f"{_PLAIN} block=2 head=1", f"{_PLAIN} grid=2 head=1"
 
 ZOO = {
     "vit": Member(_vit("vit_tiny_patch16_224"), 32, _VIT, 4, 8, 14),
@@ -116,19 +116,19 @@ ZOO = {
     ),
     "samvit": Member(
         _vit("samvit_base_patch16", 64, window_size=2, global_attn_indexes=(1,)), 64,
-        "patch_embed=1 qkv=2 query=2 key=2 value=2 attn_out=2 mlp_in=2 mlp_out=2 mlp=2 head=1", 4, 8, 17,
+        "patch_embed=1 qkv=2 query=2 key=2 value=2 attn_out=2 mlp_in=2 mlp_out=2 mlp=2 grid=2 head=1", 4, 8, 17,
     ),
-    "dinov3": Member(_vit("vit_small_patch16_dinov3"), 32, f"{_PLAIN} head=1", 4, 8, 14),
-    "eva02": Member(_vit("eva02_tiny_patch14_224", 28), 28, f"{_PLAIN} head=1", 4, 8, 14, exact=False, bypassed=8),
-    "beitv2": Member(_vit("beitv2_base_patch16_224"), 32, f"{_PLAIN} head=1", 4, 8, 14, exact=False, bypassed=8),
+    "dinov3": Member(_vit("vit_small_patch16_dinov3"), 32, _EVA, 4, 8, 14),
+    "eva02": Member(_vit("eva02_tiny_patch14_224", 28), 28, _EVA, 4, 8, 14, exact=False, bypassed=8),
+    "beitv2": Member(_vit("beitv2_base_patch16_224"), 32, _EVA, 4, 8, 14, exact=False, bypassed=8),
     "swin": Member(
         _swin("swin_tiny_patch4_window7_224"), 32,
-        "patch_embed=1 qkv=3 query=3 key=3 value=3 attn_out=3 mlp_in=3 mlp_out=3 attention=3 mlp=3 head=1", 6, 13, 23,
-        heads="head.fc",
+        "patch_embed=1 qkv=3 query=3 key=3 value=3 attn_out=3 mlp_in=3 mlp_out=3 attention=3 mlp=3 grid=3 head=1",
+        6, 13, 23, heads="head.fc",
     ),
     "swinv2": Member(
         _swin("swinv2_tiny_window8_256"), 32,
-        "patch_embed=1 qkv=3 query=3 key=3 value=3 attn_out=3 mlp_in=3 mlp_out=3 mlp=3 head=1", 6, 19, 29,
+        "patch_embed=1 qkv=3 query=3 key=3 value=3 attn_out=3 mlp_in=3 mlp_out=3 mlp=3 grid=3 head=1", 6, 19, 29,
         heads="head.fc", exact=False, bypassed=12,
     ),
     "mixer": Member(
@@ -158,7 +158,7 @@ ZOO = {
     ),
     "hiera": Member(
         _create("hiera_tiny_224", img_size=64, embed_dim=24, stages=(1, 1, 1, 1)),
-        64, "patch_embed=1 qkv=4 query=4 key=4 value=4 attn_out=4 mlp_in=4 mlp_out=4 mlp=4 head=1", 8, 19, 29,
+        64, "patch_embed=1 qkv=4 query=4 key=4 value=4 attn_out=4 mlp_in=4 mlp_out=4 mlp=4 grid=4 head=1", 8, 19, 29,
         heads="head.fc",
     ),
     "mvitv2": Member(
@@ -174,11 +174,11 @@ ZOO = {
     ),
     "convnext": Member(
         _create("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), 64,
-        "mlp_in=4 mlp_out=4 head=1", 8, 8, 25, heads="head.fc",
+        "mlp_in=4 mlp_out=4 map=4 head=1", 8, 8, 25, heads="head.fc",
     ),
     "convnext_of_convs": Member(
         _create("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), 64,
-        "mlp_in=4 mlp_out=4 head=1", 8, 0, 25, heads="head.fc",
+        "mlp_in=4 mlp_out=4 map=4 head=1", 8, 0, 25, heads="head.fc",
     ),
     "resnet": Member(_create("test_resnet"), 64, "head=1", 15, 0, 30, heads="fc"),
     "bit": Member(_bit, 64, "head=1", 9, 0, 16, heads="head.fc"),

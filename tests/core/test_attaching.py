@@ -35,7 +35,7 @@ STAGES = {
     "first copy": (attaching, "_copy", 0),
     "second copy": (attaching, "_copy", 1),
     "activate": (activation, "set_active", 0),
-    "settle": (activation, "settle", 0),
+    "settle": (activation, "_settle_all", 0),
     "probe": (probing, "probe_attached", 0),
 }
 
