@@ -12,14 +12,23 @@ from tiny_clip import PREPARE
 from tiny_clip import tiny as tiny_clip
 
 import visionpeft as vp
-from visionpeft.clip.features import FeatureCache, image_features, may_cache, text_features, tower_digest
+from visionpeft.clip.features import (
+    FeatureCache,
+    data_digest,
+    image_features,
+    may_cache,
+    text_features,
+    tower_digest,
+)
 from visionpeft.data.preprocessing import Preprocessing
 from visionpeft.data.sets import ArraySource, FileSource, ImageSet
 from visionpeft.errors import DataError
 
+TEXT = dict(context_length=8, vocab_size=40)
+
 
 def tiny():
-    return tiny_clip(text=dict(context_length=8, vocab_size=40))
+    return tiny_clip(text=TEXT)
 
 
 def pictures(count: int = 5) -> ImageSet:
@@ -28,7 +37,7 @@ def pictures(count: int = 5) -> ImageSet:
 
 
 def tune(model, tower, **fields):
-    tuner = vp.attach(model, vp.LoRA(rank=2, targets="query", tower=tower), **fields)
+    tuner = vp.attach(model, vp.LoRA(rank=2, targets="query", tower=tower, **fields))
     with torch.no_grad():
         for p in tuner.parameters():
             p.normal_()
@@ -79,9 +88,65 @@ def test_everything_that_changes_a_feature_changes_the_digest():
     with torch.no_grad():
         next(tuner.parameters()).view(-1)[0] += 1e-3
     seen.append(tower_digest(model, "image"))
-    with tuner.disabled():
-        seen.append(tower_digest(model, "image"))
     assert len(set(seen)) == len(seen)
+
+
+def test_every_tensor_of_every_method_is_in_the_digest_of_its_tower_wherever_it_is_kept():
+    """Factors that several sites share lie at the root, outside of either tower."""
+    seen = {}
+    for key, method in vp.METHODS.items():
+        model = tiny()
+        if key == "linear":  # CLIP has no classifier
+            continue
+        try:
+            tuner = vp.attach(model, method(tower="image"))
+        except vp.VisionPEFTError:  # it needs another kind of tower
+            continue
+        image, text = tower_digest(model, "image"), tower_digest(model, "text")
+        for name, tensor in tuner.state_dict().items():
+            kept = tensor.clone()
+            with torch.no_grad():
+                tensor.view(-1)[0].add_(1)
+            assert tower_digest(model, "image") != image, f"{key}: {name}"
+            assert tower_digest(model, "text") == text
+            with torch.no_grad():
+                tensor.copy_(kept)
+        assert tower_digest(model, "image") == image
+        seen[key] = len(tuner.state_dict())
+    assert len(seen) > 20 and {"fact_tt", "fact_tk", "compacter"} <= set(seen)
+
+
+def test_settings_that_no_tensor_tells_are_in_the_digest():
+    plain = tiny()
+    seen = [tower_digest(plain, tower) for tower in ("image", "text")]
+    for other in (tiny_clip(text=TEXT, quick_gelu=True), tiny_clip({"head_width": 4}, {**TEXT, "heads": 4}),
+                  tiny_clip({"pool_type": "avg"}, {**TEXT, "pool_type": "last"})):  # fmt: skip
+        other.load_state_dict(plain.state_dict())
+        seen += [tower_digest(other, tower) for tower in ("image", "text")]
+    for alpha in (1, 4):
+        model = tiny()
+        torch.manual_seed(0)
+        tune(model, "image", alpha=alpha)
+        seen.append(tower_digest(model, "image"))
+    with torch.autocast("cpu", torch.bfloat16):
+        seen.append(tower_digest(plain, "image"))
+    assert len(set(seen)) == len(seen)
+
+
+def test_an_adapter_that_rests_leaves_the_key_of_the_model_alone():
+    model = tiny()
+    alone = tower_digest(model, "image")
+    tuner = tune(model, "image")
+    with tuner.disabled():
+        assert tower_digest(model, "image") == alone
+    tuner.detach()
+    assert tower_digest(model, "image") == alone
+
+
+def test_turned_photos_are_other_images(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    one, other = (ImageSet(FileSource([str(tmp_path / "a.png")], exif=exif), np.zeros(1)) for exif in (True, False))
+    assert data_digest(one) != data_digest(other)
 
 
 def test_scale_dtype_preprocessing_and_data_miss_and_the_other_tower_does_not():

@@ -1,8 +1,8 @@
 """Features of images and texts, and a cache of them that knows what they depend on.
 
-A key holds the data, the tower's tensors (base, adapters, what learns in place), which adapters act and how strongly,
-the dtype, the preprocessing or the tokens. Nothing is cached while images are augmented at random, and training asks
-`may_cache` first: an adapter that acts in a tower makes other features at every step.
+A key holds the data, the tower's modules, their settings and tensors, the adapters that act in it with their method,
+tensors and strength, the dtype, the preprocessing or the tokens. Nothing is cached while images are augmented at
+random, and training asks `may_cache` first: an adapter that acts in a tower makes other features at every step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import visionpeft as vp
+from visionpeft.binding import base_class
 from visionpeft.clip.errors import ClipError
 from visionpeft.clip.text import encode_all, evaluating
 from visionpeft.data.preprocessing import Preprocessing
@@ -120,20 +122,45 @@ def _key(*parts: Any) -> str:
 
 
 def tower_digest(model: nn.Module, tower: str) -> str:
-    """Digest of all that decides a tower's features: names, dtypes and bytes of its tensors, and who acts how strongly.
+    """Digest of all that decides a tower's features.
 
-    What is not of the image tower counts as of the text tower.
+    That is every module's class and settings (weights alone do not tell GELU from QuickGELU, nor how many heads there
+    are), names, dtypes and bytes of tensors, autocast, and of each adapter that acts there its method, its scale and
+    all its tensors, wherever they are kept. What is not of the image tower counts as of the text tower.
     """
-    paths = Backbone(model).towers().get("image", ["visual"])
-    found = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
-    for name, tensor in model.state_dict().items():
-        if inside(name, paths) == (tower == "image"):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    for name, tuner in vp.tuners(model).items():
+    backbone = Backbone(model)
+    paths, mine = backbone.towers().get("image", ["visual"]), tower == "image"
+    found = hashlib.sha256(_autocast(next(model.parameters()).device.type).encode())
+    for path, module in backbone.named_modules():
+        if inside(path, paths) == mine:
+            found.update(f"{path} {base_class(module).__qualname__} {_settings(module)}".encode())
+    for path, module, name in backbone.named_tensors(buffers=True):
+        if inside(full := f"{path}.{name}".lstrip("."), paths) == mine:
+            _take(found, full, module._parameters.get(name, module._buffers.get(name)))
+    for tuner in vp.tuners(model).values():
         if tuner.active and acts_in(tuner, tower):
-            found.update(f"{name} {tuner.scale!r} {tuner.merged is not None}".encode())
+            found.update(f"{tuner.method!r} {tuner.scale!r} {tuner.merged is not None}".encode())
+            for key, tensor in tuner.state_dict().items():
+                _take(found, key, tensor)
     return found.hexdigest()
+
+
+def _settings(module: nn.Module) -> list[tuple[str, str]]:
+    """Plain attributes of a module, and functions by name."""
+    known = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
+    plain = {k: repr(v) for k, v in known.items() if isinstance(v, bool | int | float | str | tuple | None)}
+    called = {k: v.__name__ for k, v in known.items() if isinstance(v, FunctionType | BuiltinFunctionType)}
+    return sorted({**plain, **called}.items())
+
+
+def _autocast(device: str) -> str:
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+
+
+def _take(digest: Any, name: str, tensor: Tensor | None) -> None:
+    assert tensor is not None
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def acts_in(tuner: vp.Tuner, tower: str) -> bool:
@@ -155,8 +182,11 @@ def may_cache(model: nn.Module, tower: str, augmented: bool = False) -> bool:
 
 
 def data_digest(images: ImageSet) -> str:
-    """Digest of which images these are: paths, sizes and times of files, the bytes of what is in memory."""
-    found = hashlib.sha256()
+    """Digest of which images these are: paths, sizes and times of files, the bytes of what is in memory.
+
+    Whether files are turned the way the camera was held counts too.
+    """
+    found = hashlib.sha256(repr(getattr(images.source, "exif", None)).encode())
     for i in range(len(images)):
         path = images.path(i)
         found.update(path.encode())
