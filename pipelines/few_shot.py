@@ -20,8 +20,17 @@ import torch
 from safetensors.torch import save
 
 from visionpeft import data
-from visionpeft.clip.data import Labelled, base_and_new, draw_shots, harmonic, load_coop, load_images, root_of
-from visionpeft.clip.errors import ClipError
+from visionpeft.clip.data import (
+    VAL_SHOTS,
+    Labelled,
+    base_and_new,
+    draw_shots,
+    harmonic,
+    load_coop,
+    load_images,
+    read_classes,
+    root_of,
+)
 from visionpeft.clip.features import FeatureCache
 from visionpeft.clip.model import build
 from visionpeft.clip.scores import classification_scores
@@ -76,6 +85,8 @@ class Config:
     """Folder of this run; runs/few_shot/ with a name made of model, data, method, shots and seed."""
     checkpoint_seconds: float = 60.0
     """Least time between two checkpoints, from which a killed run goes on to the same numbers."""
+    classes: str | None = None
+    """Names to prompt with, as in `visionpeft zero-shot`; else the data's own."""
 
     @property
     def folder(self) -> Path:
@@ -84,7 +95,10 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers: all but where to and how often."""
-        return {key: value for key, value in asdict(self).items() if key not in ("out", "checkpoint_seconds")}
+        found = {key: value for key, value in asdict(self).items() if key not in ("out", "checkpoint_seconds")}
+        if self.classes is None:
+            del found["classes"]  # folders of runs from before it was there are theirs still
+        return found
 
 
 @dataclass
@@ -150,14 +164,15 @@ def load(config: Config) -> Splits:
     """The data with `shots` images a class to train on, and min(shots, 4) to choose on."""
     kind, _, name = config.data.partition(":")
     if kind == "coop":
-        if config.root is None:
-            raise ClipError(f"{config.data!r} needs root=, the folder that holds CoOp's data sets")
-        return load_coop(name, config.root, config.shots, config.seed)
-    if kind == "fewshot":
-        return data.load(config.data, root=config.root, shots=config.shots, seed=config.seed)
-    splits = data.load(config.data, root=root_of(config.data, config.root))
-    train = draw_shots(splits.train, config.shots, config.seed)
-    return replace(splits, train=train, val=draw_shots(splits.val, min(config.shots, 4), config.seed), train_val=train)
+        splits = load_coop(name, config.root, config.shots, config.seed)
+    elif kind == "fewshot":
+        splits = data.load(config.data, root=config.root, shots=config.shots, seed=config.seed)
+    else:
+        splits = data.load(config.data, root=root_of(config.data, config.root))
+        train = draw_shots(splits.train, config.shots, config.seed)
+        val = draw_shots(splits.val, min(config.shots, VAL_SHOTS), config.seed)
+        splits = replace(splits, train=train, val=val, train_val=train)
+    return splits if config.classes is None else replace(splits, classes=read_classes(config.classes, splits.classes))
 
 
 def _scores(fitted: Fitted, tests: Sequence[Labelled]) -> dict[str, dict[str, float]]:

@@ -50,7 +50,8 @@ class Config:
     root: str | None = None
     """Folder that holds the data sets."""
     classes: str | None = None
-    """Names to prompt with for the first set, one a line or JSON; else the data's own."""
+    """Names to prompt with for the first set: a file, one a line or JSON, in the order of the data's classes, or
+    imagenet for open_clip's names; else the data's own."""
     templates: str = "openai"
     """openai, simple, coop:SET, a JSON file, or one template such as "a photo of a {}."."""
     adapter: str | None = None
@@ -164,7 +165,7 @@ def _tuned(config: Config, watch: Watch) -> str:
 
     few_shot.run(few_shot.Config(
         config.model, config.checkpoint, first, config.root, str(config.tune), config.shots,
-        iterations=config.iterations, lr=config.lr, out=out), told)  # fmt: skip
+        iterations=config.iterations, lr=config.lr, out=out, classes=config.classes), told)  # fmt: skip
     return str(Path(out) / "adapter.safetensors")
 
 

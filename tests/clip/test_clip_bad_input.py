@@ -40,6 +40,51 @@ def test_unknown_class_names(folder):
         zero_shot_weights(tiny(), tokenizer, ["ant", "bee", "ant"], ["{}"])
 
 
+def test_a_class_list_in_another_order_would_swap_labels(folder):
+    """Of the data's own names; others may be anything, and an object says by itself what is what."""
+    for names in (["bee", "ant"], ["Bee", "wasp"]):
+        for file, text in (("names.txt", "\n".join(names)), ("names.json", json.dumps(names))):
+            (folder / file).write_text(text)
+            with pytest.raises(ClipError, match=rf"{file}: name 1 is '[bB]ee', which is class 2 .* class 1 is 'ant'"):
+                load_images(f"folder-all:{folder / 'images'}", classes=str(folder / file))
+    (folder / "names.json").write_text('{"ant": "bee", "bee": "ant"}')
+    assert load_images(f"folder-all:{folder / 'images'}", classes=str(folder / "names.json")).classes == ["bee", "ant"]
+    (folder / "names.json").write_text('"ant"')
+    with pytest.raises(ClipError, match=r"names.json: no names for 2 classes"):
+        load_images(f"folder-all:{folder / 'images'}", classes=str(folder / "names.json"))
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_a_name(folder):
+    def write(name, text):
+        (folder / name).write_text(text, encoding="utf-8-sig")
+
+    write("names.txt", "an ant\na bee\n")
+    write("names.json", '["an ant", "a bee"]')
+    for file in ("names.txt", "names.json"):
+        found = load_images(f"folder-all:{folder / 'images'}", classes=str(folder / file))
+        assert found.classes == ["an ant", "a bee"]
+    write("captions.csv", "image,caption\nimages/ant/0.png,an ant\n")
+    write("captions.json", '[{"image": "images/ant/0.png", "caption": "an ant"}]')
+    for image in (folder / "images" / "bee").iterdir():
+        write(f"images/bee/{image.stem}.txt", "an ant")
+    for source in ("captions.csv", "captions.json", "images/bee"):
+        assert set(read_pairs(folder / source).captions) == {"an ant"}
+    write("templates.json", '["a {}."]')
+    assert read_templates(str(folder / "templates.json")) == ["a {}."]
+
+
+def test_captions_that_would_lose_their_end_or_are_no_captions_are_named(folder):
+    (folder / "captions.csv").write_text("image,caption\nimages/ant/0.png,an ant\nimages/ant/1.png,ants, many\n")
+    with pytest.raises(DataError, match=r"captions.csv:3: more fields than columns .*needs quotes"):
+        read_pairs(folder / "captions.csv")
+    (folder / "captions.csv").write_text("filepath\ttitle\nimages/ant/0.png\tants, many\n")  # as open_clip has them
+    assert read_pairs(folder / "captions.csv").captions == ["ants, many"]
+    for text in ('{"a.png": "an ant"}', '["a.png"]', "[1]"):
+        (folder / "captions.json").write_text(text)
+        with pytest.raises(DataError, match=r"captions.json: expected a JSON list of objects such as"):
+            read_pairs(folder / "captions.json")
+
+
 @pytest.mark.parametrize("spec, message", [
     ("opnai", "template 'opnai' .*the named sets are openai, simple, coop"),
     ("coop:birds", "CoOp has none for it; it has imagenet, caltech101"),

@@ -46,6 +46,16 @@ def test_weights_are_those_of_open_clips_own_builder(kind, templates):
     assert is_causal(model) == (kind != "no mask")
 
 
+def test_open_clips_names_of_imagenet_are_taken_though_two_occur_twice():
+    model = tiny()
+    names = open_clip.IMAGENET_CLASSNAMES
+    found = zero_shot_weights(model, tokenizer, names, ["a photo of a {}."])
+    torch.testing.assert_close(found, open_clip.build_zero_shot_classifier(model, tokenizer, names,
+                               ["a photo of a {}."], num_classes_per_batch=250), rtol=0, atol=1e-12)  # fmt: skip
+    with pytest.raises(ClipError, match="'missile' is listed more than once"):
+        class_prompts(names[:-1], ["{}"])
+
+
 def test_padding_is_cut_off_where_nothing_depends_on_it():
     model = tiny()
     ids = tokenize(tokenizer, ["a cat", "a dog on a long road"], 32)

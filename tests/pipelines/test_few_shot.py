@@ -135,6 +135,17 @@ def test_other_sets_tell_what_was_forgotten(root, tmp_path, method):
     assert same == (method in ("linear_probe", "tip"))
 
 
+def test_sets_in_coops_layout_are_evaluated_and_compared_with(root, tmp_path):
+    found, splits = load_images("coop:eurosat", str(root)), load_coop("eurosat", root)
+    assert (found.name, found.classes) == ("coop:eurosat", splits.classes)
+    assert [found.images.path(i) for i in range(40)] == [splits.test.path(i) for i in range(40)]
+    assert (found.images.labels == splits.test.labels).all()
+    result = run(config(root, tmp_path, "clip_adapter", others=("coop:eurosat",)))
+    assert result.before["coop:eurosat"] == result.before["test"]
+    with pytest.raises(ClipError, match="'coop:eurosat' needs root="):
+        load_images("coop:eurosat")
+
+
 def test_halves_are_cut_by_label_and_counted_from_zero(root):
     base, new = base_and_new(load_coop("eurosat", root, 4))
     assert base.classes == ["red", "lime", "blue"] and new.classes == ["grey", "pink"]

@@ -208,6 +208,35 @@ def test_class_lists_rename_and_are_checked(folder):
             load_images(spec(folder), classes=str(folder / file))
 
 
+def test_names_of_imagenet_are_at_hand(tmp_path):
+    """For a thousand folders called n00000000 and so on, whose order is that of the names."""
+    for i in range(1000):
+        (tmp_path / f"n{i:08}").mkdir()
+        Image.new("RGB", (2, 2)).save(tmp_path / f"n{i:08}" / "a.png")
+    found = load_images(f"folder-all:{tmp_path}", classes="imagenet")
+    assert found.classes == list(open_clip.IMAGENET_CLASSNAMES) and found.images.labels.tolist() == list(range(1000))
+    with pytest.raises(ClipError, match="imagenet: 1000 names for 10 classes"):
+        load_images("digits?test=20", classes="imagenet")
+
+
+def test_tuning_first_learns_the_names_that_it_is_evaluated_with(folder, monkeypatch):
+    from visionpeft.clip.text import class_prompts
+    from visionpeft.pipelines import few_shot, fitting
+
+    monkeypatch.setattr(few_shot, "build", zero_shot.build)
+    seen = []
+    for module in (fitting, zero_shot):
+        monkeypatch.setattr(module, "class_prompts", lambda names, t: seen.append(names) or class_prompts(names, t))
+    names = [f"an {c}" for c in CLASSES]
+    (folder / "names.txt").write_text("\n".join(names))
+    run(Config("tiny", data=(f"folder:{folder / 'images'}",), classes=str(folder / "names.txt"), points=0, shots=1,
+               tune="lora:rank=1", iterations=1, templates="{}", out=str(folder / "out")))  # fmt: skip
+    assert seen and all(list(found) == names for found in seen)
+    (out,) = (folder / "out" / "tuning").iterdir()
+    assert json.loads((out / "config.json").read_text())["classes"] == str(folder / "names.txt")
+    assert "classes" not in few_shot.Config().identity()
+
+
 def test_bad_input_is_named(folder):
     other = adapter(folder / "wide.safetensors", "image", width=24)
     with pytest.raises(AdapterFileError, match="made for another model"):

@@ -22,7 +22,7 @@ from visionpeft.clip.coop_layouts import Entries, aircraft, imagenet
 from visionpeft.clip.errors import ClipError
 from visionpeft.data.folder import class_folders, images_below, read_part
 from visionpeft.data.sets import FileSource, ImageSet, Splits, existing, join
-from visionpeft.errors import DataError
+from visionpeft.errors import DataError, require
 
 # CoOp's folder and image folder of each set, and its split file.
 COOP_LAYOUT = {
@@ -38,6 +38,7 @@ COOP_LAYOUT = {
 }
 COOP_LISTS = {"fgvc_aircraft": ("fgvc_aircraft", aircraft), "imagenet": ("imagenet", imagenet)}
 VAL_SHOTS = 4  # CoOp validates on min(shots, 4) images a class
+_UTF8 = "utf-8-sig"  # some editors begin a file with a mark, which would be part of the first name
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class Labelled:
 
 
 def load_images(spec: str, root: str | None = None, classes: str | None = None) -> Labelled:
-    """The test images of a data set of `visionpeft.data`, or with "folder-all:PATH" every image below class folders.
+    """The test images of a data set of `visionpeft.data` or, as "coop:SET", in CoOp's layout; or with "folder-all:PATH"
+    every image below class folders.
 
     Args:
-        classes: file with the names to prompt with: one a line, or a JSON list, in the order of the data's classes; or
-            a JSON object from the data's class to the name.
+        classes: as in `read_classes`.
 
     Raises:
         DataError, ClipError: data that are missing, or a class list that does not fit.
@@ -64,6 +65,9 @@ def load_images(spec: str, root: str | None = None, classes: str | None = None) 
         folder = existing(path, "image folder")
         names = class_folders(folder)
         found = Labelled(spec, names, read_part(folder, names))
+    elif kind == "coop":
+        splits = load_coop(path, root)
+        found = Labelled(spec, splits.classes, splits.test)
     else:
         splits = data.load(spec, root=root_of(spec, root))
         if splits.multi_label:
@@ -80,8 +84,13 @@ def root_of(spec: str, root: str | None) -> str | None:
 def read_classes(file: str, known: Sequence[str]) -> list[str]:
     """Names for the classes `known`, in their order.
 
+    Args:
+        file: one name a line, or a JSON list, in the order of the data's classes; or a JSON object from the data's
+            class to the name; or "imagenet", open_clip's names for folders called n01440764 and so on.
+
     Raises:
-        ClipError: too few or too many names, or names of classes that the data do not have.
+        ClipError: too few or too many names, names of classes that the data do not have, or the data's own names in
+            another order, which would swap labels.
     """
     path, value = _listed(file)
     if isinstance(value, dict):
@@ -90,13 +99,29 @@ def read_classes(file: str, known: Sequence[str]) -> list[str]:
             what = f"unknown class {unknown[0]!r}" if unknown else f"no name for class {missing[0]!r}"
             raise ClipError(f"{path}: {what}; the data have {len(known)} classes: {', '.join(list(known)[:6])} ...")
         value = [value[name] for name in known]
-    if len(value) != len(known):
-        raise ClipError(f"{path}: {len(value)} names for {len(known)} classes: {', '.join(list(known)[:6])} ...")
+    elif isinstance(value, list) and len(value) == len(known):
+        _check_order(path, [str(name) for name in value], known)
+    if not isinstance(value, list) or len(value) != len(known):
+        count = len(value) if isinstance(value, list) else "no"
+        raise ClipError(f"{path}: {count} names for {len(known)} classes: {', '.join(list(known)[:6])} ...")
     return [str(name) for name in value]
 
 
+def _check_order(path: Path, names: Sequence[str], known: Sequence[str]) -> None:
+    def plain(name: str) -> str:
+        return name.replace("_", " ").casefold()
+
+    place = {plain(name): i for i, name in enumerate(known, start=1)}
+    for i, (name, own) in enumerate(zip(names, known, strict=True), start=1):
+        if plain(name) != plain(own) and plain(name) in place:
+            raise ClipError(
+                f"{path}: name {i} is {name!r}, which is class {place[plain(name)]} of the data, where class {i} is "
+                f"{own!r}: write them in that order, or as a JSON object from class to name"
+            )
+
+
 def read_names(file: str) -> list[str]:
-    """Class names, one a line or a JSON list.
+    """Class names, one a line or a JSON list, or "imagenet" for open_clip's.
 
     Raises:
         ClipError: neither.
@@ -109,8 +134,10 @@ def read_names(file: str) -> list[str]:
 
 def _listed(file: str) -> tuple[Path, Any]:
     """The path of a class list, and its lines or, of a .json, its value."""
+    if file == "imagenet":
+        return Path(file), list(require("open_clip", extra="clip").IMAGENET_CLASSNAMES)
     path = existing(file, "class list")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding=_UTF8)
     if path.suffix != ".json":
         return path, [line.strip() for line in text.splitlines() if line.strip()]
     try:
@@ -122,7 +149,7 @@ def _listed(file: str) -> tuple[Path, Any]:
 # ---- CoOp -----------------------------------------------------------------------------------------------------------
 
 
-def load_coop(name: str, root: str | Path, shots: int | None = None, seed: int = 1) -> Splits:
+def load_coop(name: str, root: str | Path | None, shots: int | None = None, seed: int = 1) -> Splits:
     """A data set in CoOp's layout, mostly `root/<folder>/split_zhou_*.json`, with K images a class to train on.
 
     With `shots`, train is K images of every class (all of a class that has fewer), val is min(K, 4) of CoOp's own
@@ -130,8 +157,11 @@ def load_coop(name: str, root: str | Path, shots: int | None = None, seed: int =
     not CoOp's own, whose splits depend on the state of Python's generator.
 
     Raises:
+        ClipError: no root.
         DataError: an unknown set, a missing file, an image that is gone, labels that do not count from 0.
     """
+    if root is None:
+        raise ClipError(f"'coop:{name}' needs root=, the folder that holds CoOp's data sets")
     if name in COOP_LISTS:
         folder, read = COOP_LISTS[name]
         path = existing(Path(root).expanduser() / folder, "folder of CoOp's layout")
@@ -248,20 +278,29 @@ def read_pairs(source: str | Path, images: str | Path | None = None) -> Pairs:
         rows = [(p, Path(p).with_suffix(".txt")) for p in images_below(path)]
         if gone := [p for p, text in rows if not text.is_file()]:
             raise DataError(f"{gone[0]}: no caption beside it ({Path(gone[0]).stem}.txt is missing)")
-        return _pairs([(p, text.read_text(encoding="utf-8"), str(text)) for p, text in rows], path)
+        return _pairs([(p, text.read_text(encoding=_UTF8), str(text)) for p, text in rows], path)
     folder = Path(images).expanduser() if images is not None else path.parent
     entries = _csv_rows(path) if path.suffix.lower() != ".json" else _json_rows(path)
     return _pairs([(str(folder / name), text, where) for name, text, where in entries], path)
 
 
 def _csv_rows(path: Path) -> list[tuple[str, str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
+    """Of a file with commas, or with tabs as open_clip's own training has them."""
+    with path.open(encoding=_UTF8, newline="") as file:
+        delimiter = "\t" if "\t" in file.readline() else ","
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=delimiter)
         columns = reader.fieldnames or []
         image, text = (next((c for c in names if c in columns), None) for names in _COLUMNS)
         if image is None or text is None:
             raise DataError(f"{path}: columns {columns}; expected one of {_COLUMNS[0]} and one of {_COLUMNS[1]}")
-        return [(row[image] or "", row[text] or "", f"{path}:{reader.line_num}") for row in reader]
+        rows = []
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row:  # what is behind the last column
+                raise DataError(f"{where}: more fields than columns {columns}; a caption with a comma needs quotes")
+            rows.append((row[image] or "", row[text] or "", where))
+        return rows
 
 
 _COLUMNS = (("image", "filepath", "file_name", "path"), ("caption", "title", "text"))
@@ -269,11 +308,13 @@ _COLUMNS = (("image", "filepath", "file_name", "path"), ("caption", "title", "te
 
 def _json_rows(path: Path) -> list[tuple[str, str, str]]:
     try:
-        items: Any = json.loads(path.read_text(encoding="utf-8"))
+        items: Any = json.loads(path.read_text(encoding=_UTF8))
     except ValueError as error:
         raise DataError(f"{path}: no JSON ({error})") from error
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise DataError(f'{path}: expected a JSON list of objects such as {{"image": "a.jpg", "caption": "a dog"}}')
     rows = []
-    for number, item in enumerate(items if isinstance(items, list) else []):
+    for number, item in enumerate(items):
         image, text = (next((item[c] for c in names if c in item), None) for names in _COLUMNS)
         if image is None or text is None:
             raise DataError(f"{path}: entry {number} has {sorted(item)}; expected an image and a caption")

@@ -77,7 +77,7 @@ def _from_json(spec: str) -> list[Template]:
     file, _, key = spec.partition(".json:")
     path = Path(file if file.endswith(".json") else f"{file}.json").expanduser()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ClipError(f"templates {path}: cannot be read ({error})") from error
     if isinstance(data, dict):

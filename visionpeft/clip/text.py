@@ -8,6 +8,7 @@ reach it, so the padding is cut off before encoding, which prompts of ten tokens
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from visionpeft.clip.errors import ClipError
 from visionpeft.clip.templates import Template, fill
+from visionpeft.errors import require
 
 Tokenizer = Callable[..., Tensor]
 
@@ -104,14 +106,16 @@ def _end(root: Any, ids: Tensor) -> Tensor:
 def class_prompts(classes: Sequence[str], templates: Sequence[Template]) -> list[str]:
     """Every template filled with every class, class by class.
 
+    open_clip's names for ImageNet have two twice, and are taken as they are: published accuracies were made with them.
+
     Raises:
         ClipError: no class, an empty name, or one that occurs twice, whose images could not be told apart.
     """
     if not classes:
         raise ClipError("the list of classes is empty")
     empty = [i for i, name in enumerate(classes) if not name.strip()]
-    twice = [name for i, name in enumerate(classes) if name in classes[:i]] if len(set(classes)) < len(classes) else []
-    if empty or twice:
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    if empty or (twice and list(classes) != list(require("open_clip", extra="clip").IMAGENET_CLASSNAMES)):
         what = f"class {empty[0]} has no name" if empty else f"class {twice[0]!r} is listed more than once"
         raise ClipError(f"{what}: every class needs a name of its own")
     return [fill(template, name) for name in classes for template in templates]
