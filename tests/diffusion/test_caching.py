@@ -17,7 +17,7 @@ Image = pytest.importorskip("PIL.Image")
 import tiny_pipelines  # noqa: E402
 
 from visionpeft.data.subjects import Crop, Picture, pixels, read_subject  # noqa: E402
-from visionpeft.diffusion import DiffusionError, family_of  # noqa: E402
+from visionpeft.diffusion import DiffusionError, family_of, load_pipeline  # noqa: E402
 from visionpeft.diffusion.caching import Latents, Texts  # noqa: E402
 from visionpeft.diffusion.prior import class_images  # noqa: E402
 from visionpeft.errors import DataError  # noqa: E402
@@ -87,6 +87,30 @@ def test_what_a_text_depends_on(pipe: Any, tmp_path: Path) -> None:
     assert Texts(family, tmp_path).digest != first.digest
     with pytest.raises(DiffusionError, match="tokens and the text encoder reads 24"):
         again.get(["a " * 30])
+
+
+def test_the_same_weights_with_another_config_are_another_cache(pipe: Any, picture: Picture, tmp_path: Path) -> None:
+    first = Latents(pipe, tmp_path).get(picture, (16, 16), Crop())["mean"]
+    factor = pipe.vae.config.scaling_factor
+    pipe.vae.register_to_config(scaling_factor=2 * factor)
+    torch.testing.assert_close(Latents(pipe, tmp_path).get(picture, (16, 16), Crop())["mean"], 2 * first)
+    before = Texts(family_of(pipe)).digest
+    pipe.text_encoder.config.hidden_act = "gelu"
+    assert Texts(family_of(pipe)).digest != before
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = load_pipeline(str(tmp_path / "pipe"))
+    assert Latents(again).digest == Latents(pipe).digest, "loading it makes another one of it"
+    assert Texts(family_of(again)).digest == Texts(family_of(pipe)).digest
+
+
+def test_features_are_made_without_dropout(tmp_path: Path) -> None:
+    """T5 of Flux and SD3 has some, and training puts the pipeline's parts into train mode."""
+    family = family_of(tiny_pipelines.flux())
+    family.train(False)
+    with torch.no_grad():
+        wanted = family.text(["a c"])["text"]
+    family.train()
+    assert torch.equal(Texts(family).get(["a c"])["text"], wanted)
 
 
 def test_a_latent_that_is_not_finite_names_its_image(pipe: Any, picture: Picture, tmp_path: Path) -> None:

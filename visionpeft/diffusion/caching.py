@@ -1,12 +1,13 @@
 """Latents and text features, computed once and kept on disk.
 
-A latent's file is named after the image's bytes, its resolution, its crop and mirroring, and the autoencoder's weights;
-a text's after its words, the text encoders' weights and the vocabularies. Whatever changes any of these gets another
+A latent's file is named after the image's bytes, its resolution, its crop and mirroring, and the autoencoder's weights
+and config; a text's after its words, the text encoders' weights and configs, and the vocabularies. Whatever changes any of these gets another
 file, so that nothing stale is ever read. Files are written whole or not at all.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import blake2b
@@ -24,6 +25,8 @@ from visionpeft.diffusion.loading import digest
 from visionpeft.errors import DataError
 from visionpeft.training import runs
 
+_BESIDE = ("architectures", "dtype", "torch_dtype", "transformers_version")  # these change when a model is saved
+
 
 class Latents:
     """Latents of pictures as mean and deviation of what the autoencoder gives; in memory, and in `folder` if named.
@@ -34,7 +37,7 @@ class Latents:
     def __init__(self, pipe: Any, folder: Path | None = None) -> None:
         self.vae = pipe.vae
         self.folder = folder
-        self.digest = digest(self.vae)
+        self.digest = _fingerprint(self.vae)
         self.known: dict[str, dict[str, Tensor]] = {}
         self.made = 0
 
@@ -77,7 +80,7 @@ class Texts:
 
     def __init__(self, family: Family, folder: Path | None = None) -> None:
         self.family, self.folder = family, folder
-        self.digest = " ".join(digest(e) for e in family.text_encoders.values()) + _vocabularies(family)
+        self.digest = " ".join(_fingerprint(e) for e in family.text_encoders.values()) + _vocabularies(family)
         self.known: dict[str, Conditions] = {}
         self.made = 0
 
@@ -93,7 +96,16 @@ class Texts:
     @torch.no_grad()
     def _encode(self, prompt: str) -> Conditions:
         self.made += 1
+        for encoder in self.family.text_encoders.values():
+            encoder.eval()  # T5 has dropout, which training has turned on
         return {name: value[0].detach().cpu().contiguous() for name, value in self.family.text([prompt]).items()}
+
+
+def _fingerprint(module: Any) -> str:
+    """Weights, and what of the config decides beside them what is computed: a scaling factor, an activation."""
+    config = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    told = {key: value for key, value in config.items() if not key.startswith("_") and key not in _BESIDE}
+    return f"{digest(module)} {json.dumps(told, sort_keys=True, default=str)}"
 
 
 def _vocabularies(family: Family) -> str:
