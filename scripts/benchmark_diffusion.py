@@ -5,9 +5,10 @@
     python scripts/benchmark_diffusion.py --only load     # or steps, switch, shira, nano; the other figures stay
 
 steps   forward and backward of an adapter on all of attention of SD 1.5's UNet (random weights, 32 x 32 latents, batch
-        1): LoRA of rank 4, KronA of 16 x 16, and PEFT's LoRA and LoKr of the same numbers; bytes alive after forward
+        1): LoRA of rank 4, KronA of 16 x 16, PEFT's LoRA and LoKr of the same numbers, and nothing at all; bytes alive
+        after forward
 switch  from one of two LoRAs to the other: written into the weights (`unmerge`, `merge` against `unfuse_lora`,
-        `fuse_lora`) and live (`activate` against `set_adapters`)
+        `fuse_lora`), with merged weights kept and without, and live (`activate` against `set_adapters`)
 shira   `switch` of SHiRA against unmerging and merging PEFT's LoRA, both as large as rank 4, at 1280 x 1280
 load    a file of a LoRA: `visionpeft.load` (with and without its probe, which runs the model) against
         `unet.load_lora_adapter`
@@ -101,6 +102,7 @@ def steps(quick: bool, rounds: int, device: str) -> list[Row]:
     dresses = {
         "LoRA": ours(vp.LoRA(rank=4), probe=False), "PEFT LoRA": theirs(peft.LoraConfig, r=4, lora_alpha=4),
         "KronA": ours(vp.KronA(a1=side, a2=side), probe=False), "PEFT LoKr": lokr(quick),
+        "frozen": lambda model: model.requires_grad_(False),
     }  # fmt: skip
     subject = Subject("UNet", Shared(quick), 1, 1.0)
     found = {name: Contender(subject, dress, "fp32", device) for name, dress in dresses.items()}
@@ -110,7 +112,9 @@ def steps(quick: bool, rounds: int, device: str) -> list[Row]:
     turns = in_turns({name: c.step for name, c in found.items()}, rounds, device)
     out = [row("steps", "step of KronA, against PEFT's LoKr", turns, "KronA", "PEFT LoKr", 0.6),
            row("steps", "step of KronA, against LoRA", turns, "KronA", "LoRA", 1.2),
-           row("steps", "step of LoRA, against PEFT's", turns, "LoRA", "PEFT LoRA", 1.0)]  # fmt: skip
+           row("steps", "step of LoRA, against PEFT's", turns, "LoRA", "PEFT LoRA", 1.0),
+           row("steps", "step of the frozen model alone, its input taking a gradient, against PEFT's LoKr", turns,
+               "frozen", "PEFT LoKr", None)]  # fmt: skip
     for name, other in (("LoRA", "PEFT LoRA"), ("KronA", "PEFT LoKr")):
         out.append({"case": "steps", "what": f"bytes alive after forward, {name}, against {other}",
                     "mine": f"{live[name]:.0f} MiB", "other": f"{live[other]:.0f} MiB",
@@ -126,31 +130,42 @@ def shake(tensors: Sequence[Tensor]) -> None:
 
 def switch(quick: bool, rounds: int, device: str) -> list[Row]:
     shared = Shared(quick)
-    (mine, _), (other, _) = shared(), shared()
-    tuners = {name: vp.attach(mine, vp.LoRA(rank=4), name=name, probe=False) for name in ("a", "b")}
-    for name, tuner in tuners.items():
-        shake(list(tuner.parameters()))
+    (kept, _), (anew, _), (other, _) = shared(), shared(), shared()
+    turn = {way: cycle("ab") for way in ("activate", "set_adapters", "kept", "anew", "fuse")}
+
+    def merging(model: nn.Module, way: str) -> Act:
+        tuners = {name: vp.attach(model, vp.LoRA(rank=4), name=name, probe=False) for name in "ab"}
+        shake([p for tuner in tuners.values() for p in tuner.parameters()])
+
+        def put() -> None:
+            name = next(turn[way])
+            for tuner in tuners.values():
+                tuner.unmerge()
+            vp.activate(model, name)
+            tuners[name].merge(keep=way == "kept")
+
+        return put
+
+    ways = {way: merging(model, way) for way, model in (("kept", kept), ("anew", anew))}
+    for name in "ab":
         other.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=attention(shared.first)), name)
     shake([p for p in other.parameters() if p.requires_grad])
-    turn = {way: cycle("ab") for way in ("activate", "set_adapters", "merge", "fuse")}
-
-    def merge() -> None:
-        name = next(turn["merge"])
-        for tuner in tuners.values():
-            tuner.unmerge()
-        vp.activate(mine, name)
-        tuners[name].merge()
 
     def fuse() -> None:
         other.unfuse_lora()
         other.fuse_lora(adapter_names=[next(turn["fuse"])])
 
-    live = in_turns({"mine": lambda: vp.activate(mine, next(turn["activate"])),
+    live = in_turns({"mine": lambda: vp.activate(kept, next(turn["activate"])),
                      "other": lambda: other.set_adapters(next(turn["set_adapters"]))}, rounds, device)  # fmt: skip
-    merge(), fuse()
-    written = in_turns({"mine": merge, "other": fuse}, rounds, device)
+    for _ in "ab":  # both are computed once, and kept
+        ways["kept"]()
+    fuse()
+    written = in_turns(ways | {"other": fuse}, rounds, device)
     other.unfuse_lora()
-    return [row("switch", "switching merged LoRAs, against unfuse_lora and fuse_lora", written, "mine", "other", 0.1),
+    size = sum(t.numel() * t.element_size() for t in vp.tuners(kept)["a"].kept.merged.values()) / MIB
+    what = "switching merged LoRAs, against unfuse_lora and fuse_lora"
+    return [row("switch", f"{what}: merged weights kept, {size:.0f} MiB each", written, "kept", "other", 0.1),
+            row("switch", f"{what}: computed anew", written, "anew", "other", None),
             row("switch", "switching live LoRAs, against set_adapters", live, "mine", "other", 1.0)]  # fmt: skip
 
 

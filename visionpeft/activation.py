@@ -50,6 +50,11 @@ class Learnt(Forgiving):
     """Trainable copies of a module's tensors while they do not stand in the module."""
 
 
+def known(backbone: Backbone) -> Registry | None:
+    """What is kept about this model, for whoever has had it checked by `registry`, which looks at every module."""
+    return next(iter(backbone.roots.values())).__dict__.get(REGISTRY)
+
+
 def registry(backbone: Backbone) -> Registry | None:
     """What is kept about this model, None if nothing is attached.
 
@@ -57,16 +62,16 @@ def registry(backbone: Backbone) -> Registry | None:
         VisionPEFTError: adapters were attached through another root, a part of this model or a model around it.
     """
     own = [root.__dict__.get(REGISTRY) for root in backbone.roots.values()]
-    found: Registry | None = own[0]
+    found = known(backbone)
     same = found is None or list(found.roots.values()) == list(backbone.roots.values())
     if not same or any(r is not found for r in own):
         raise VisionPEFTError(
             "adapters were attached to other components together with some of these: use the same ones"
         )
-    known = set(found.tuners) if found else set()
+    names = set(found.tuners) if found else set()
     for root in backbone.roots.values():
         for path, _, held in binding.holders(root):
-            strangers = {name for name in held.users if name not in known and not name.startswith(binding.SAMPLES)}
+            strangers = {name for name in held.users if name not in names and not name.startswith(binding.SAMPLES)}
             if strangers:
                 raise VisionPEFTError(
                     f"{', '.join(map(repr, strangers))} at {path or 'the root'} came through another "
@@ -92,23 +97,23 @@ def activate(model: Any, which: Mapping[str, float] | Sequence[str | None] | str
         VisionPEFTError: an unknown name, or two active adapters that bring different classifiers.
     """
     backbone = Backbone(model)
-    known = tuners(model)
+    there = tuners(model)
     if isinstance(which, str):
         which = {which: 1.0}
     if not isinstance(which, Mapping):
         from visionpeft.batches import activate_samples
 
         return activate_samples(backbone, which)
-    unknown = [name for name in which if name not in known]
+    unknown = [name for name in which if name not in there]
     if unknown:
-        raise VisionPEFTError(f"no adapter named {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
-    set_active(backbone, [(known[name], float(strength)) for name, strength in which.items()])
+        raise VisionPEFTError(f"no adapter named {', '.join(unknown)}; there are: {', '.join(there) or 'none'}")
+    set_active(backbone, [(there[name], float(strength)) for name, strength in which.items()])
 
 
 @torch.inference_mode(False)
 def set_active(backbone: Backbone, wanted: Sequence[tuple[Tuner, float]]) -> None:
     """Make exactly these act, in this order, for all samples. Refuses before anything changes."""
-    found = registry(backbone)
+    found = known(backbone)
     if found is None:
         return
     strengths = {tuner.name: strength for tuner, strength in wanted}
@@ -130,7 +135,7 @@ def set_active(backbone: Backbone, wanted: Sequence[tuple[Tuner, float]]) -> Non
 
 def refresh(backbone: Backbone) -> None:
     """Tell every holder who acts now, and put the tensors that should stand in their places."""
-    if (found := registry(backbone)) is not None:
+    if (found := known(backbone)) is not None:
         _refresh(backbone, found)
 
 
@@ -143,7 +148,7 @@ def _refresh(backbone: Backbone, found: Registry) -> None:
     for root in backbone.roots.values():
         for _, module, held in binding.holders(root):
             held.act(names, route)
-            held.thawed = thawed or "running_mean" in held.live  # of a classifier that learns
+            held.__dict__["thawed"] = thawed or "running_mean" in held.live  # of a classifier that learns
             binding.throw_switches(module, held, names)
             if isinstance(module, binding.FrozenStatistics):
                 module.training = held.thawed and root.training
@@ -191,7 +196,7 @@ def _check_shared(wanted: Sequence[Tuner]) -> None:
 
 def settle(backbone: Backbone) -> None:
     """Put the tensor that should stand in each module in its place."""
-    if (found := registry(backbone)) is not None:
+    if (found := known(backbone)) is not None:
         _settle_all(backbone, found)
 
 

@@ -310,7 +310,7 @@ def _remove(tuner: Tuner) -> None:
     if registry is None:
         return
     activation.release_samples(backbone)
-    tuner.active = False
+    tuner.active, tuner.kept = False, None
     registry.order = tuple(n for n in registry.order if n != tuner.name)
     activation.refresh(backbone)
     registry.tuners.pop(tuner.name, None)

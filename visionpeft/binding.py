@@ -93,13 +93,16 @@ class Holder(nn.Module):
         return self
 
     def act(self, names: tuple[str, ...], route: str | None = None) -> None:
-        """Say whose adapters act from now on, and by which route if that changes."""
-        self.active, self.route = names, route or self.route
+        """Say whose adapters act from now on, and by which route if that changes.
+
+        Past `nn.Module.__setattr__`, which looks for parameters: there are hundreds of us.
+        """
         boxes: list[Any] = [self._modules[name] for name in names if name in self._modules]
-        self.now = [adapter for box in boxes for adapter in box.values() if adapter.kind]
-        for adapter in self.now:
-            adapter.route = self.route
-        self.levers = tuple(sorted({m.__name__ for name in names for m in self.users.get(name, ())}))
+        route, now = route or self.route, [adapter for box in boxes for adapter in box.values() if adapter.kind]
+        levers = tuple(sorted({m.__name__ for name in names for m in self.users.get(name, ())}))
+        self.__dict__.update(active=names, route=route, now=now, levers=levers)
+        for adapter in now:
+            adapter.__dict__["route"] = route
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
@@ -271,7 +274,7 @@ def _dress(module: nn.Module, held: Holder) -> None:
     wanted = {m for mixins in held.users.values() for m in mixins}
     mixins = tuple(sorted(wanted, key=lambda m: (m.layer, m.__name__)))
     cls = base_class(module)
-    module.__class__ = site_class(cls, mixins) if mixins else cls
+    object.__setattr__(module, "__class__", site_class(cls, mixins) if mixins else cls)  # nn.Module's is slow
 
 
 def switch(module: nn.Module, name: str, attribute: str, value: Any) -> None:
@@ -290,19 +293,22 @@ def throw_switches(module: nn.Module, held: Holder, active: tuple[str, ...]) -> 
 
 def walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of everything from here on that is not ours, once; a hundred adapters cost nothing."""
-    if id(module) in seen or isinstance(module, Holder):
-        return
-    seen.add(id(module))
-    yield path, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from walk(child, f"{path}.{name}" if path else name, seen)
+    waiting = [(path, module)]
+    while waiting:  # a generator for each module would pass every item through all those above it
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        if below := module._modules:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + n, m) for n, m in reversed(below.items()) if m is not None and type(m) is not Holder]
 
 
 def holders(root: nn.Module) -> Iterator[tuple[str, nn.Module, Holder]]:
     """Path, module and holder of every module from root on that has one."""
     for path, module in walk(root, "", set()):
-        if (held := holder(module)) is not None:
+        if SLOT in module._modules and (held := holder(module)) is not None:
             yield path, module, held
 
 

@@ -48,6 +48,7 @@ class Tuner:
         self.trained: list[tuple[str, str]] = []
         self.active = True
         self.merged: list[Any] | None = None
+        self.kept: Any = None  # merged weights that wait to be put in again
         self.bindings: list[tuple[nn.Module, tuple[type[binding.Mixin], ...]]] = []
         self.written: Any = None  # what stood in the weights where `shira.switch` put this adapter
         self._scale = 1.0
@@ -201,7 +202,7 @@ class Tuner:
             if found is not None and found.tuners.get(self.name) is self:
                 self._others(lambda names: min(place, len(names)), add=True)
                 if merged:
-                    self.merge()
+                    self.merge(keep=self.kept is not None)
 
     def _others(self, place: Callable[[list[str]], int], add: bool) -> int:
         """Leave the other active adapters as they are, with this one put in at a place or taken out of it."""
@@ -236,15 +237,20 @@ class Tuner:
         if self.written is not None:
             raise VisionPEFTError(f"{self.name!r} was put into the weights by shira.switch: take it out first")
 
-    def merge(self) -> None:
+    def merge(self, keep: bool = False) -> None:
         """Write the adapter into the weights. The model then runs as fast as without it and emits no adapter keys.
+
+        Args:
+            keep: hold on to the merged weights after `unmerge`, as many bytes again as the weights that they replace,
+                so that the next `merge(keep=True)` changes pointers only. Where the adapter, its scale or the weights
+                have changed since, they are computed anew. `detach`, or a `merge` without it, lets them go.
 
         Raises:
             MergeError: a site cannot merge, by name; nothing was changed.
         """
         from visionpeft.merging import merge
 
-        merge(self)
+        merge(self, keep)
 
     def unmerge(self) -> None:
         """Undo `merge`, to the bit.

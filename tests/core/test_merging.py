@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ def lora(model: nn.Module, targets: str = "linear", name: str = "default", **mor
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.sampled_from(["merge", "unmerge", "forward", "disable", "scale"]), max_size=8))
+@given(st.lists(st.sampled_from(["merge", "keep", "unmerge", "forward", "disable", "scale"]), max_size=8))
 def test_any_sequence_ends_where_it_began(steps):
     torch.manual_seed(0)
     model, x = Net(), torch.randn(2, 8)
@@ -33,8 +35,8 @@ def test_any_sequence_ends_where_it_began(steps):
     tuner = lora(model)
     adapted = model(x).detach()
     for step in steps:
-        if step == "merge":
-            tuner.merge()
+        if step in ("merge", "keep"):
+            tuner.merge(keep=step == "keep")
         elif step == "unmerge":
             tuner.unmerge()
         elif step == "forward":
@@ -321,3 +323,85 @@ def test_learnt_copies_merge_at_once():
     tuner.merge()
     assert torch.equal(model(x), adapted) and list(model.state_dict()) == keys
     tuner.detach()
+
+
+def other_numbers(model: nn.Module, tuner: vp.Tuner) -> None:
+    next(iter(tuner.adapters.values())).b.data.mul_(2)  # past the version counter
+
+
+def other_base(model: nn.Module, tuner: vp.Tuner) -> None:
+    with torch.no_grad():
+        model.fc1.weight.add_(1)
+
+
+def another_weight(model: nn.Module, tuner: vp.Tuner) -> None:
+    model.fc1.weight.data = torch.randn(model.fc1.weight.shape)
+
+
+def other_strength(model: nn.Module, tuner: vp.Tuner) -> None:
+    tuner.scale = 0.5
+
+
+def other_dtype(model: nn.Module, tuner: vp.Tuner) -> None:
+    model.double()
+
+
+def to_and_fro(model: nn.Module, tuner: vp.Tuner) -> None:
+    model.bfloat16().float()  # rounded
+
+
+CHANGES = [other_numbers, other_base, another_weight, other_strength, other_dtype, to_and_fro]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_kept_weights_are_put_in_again_unless_anything_has_changed(change):
+    torch.manual_seed(0)
+    model = Net()
+    tuner = lora(model)
+    tuner.merge(keep=True)
+    first = dict(model.named_parameters())
+    with tuner.disabled():
+        assert model.fc1.weight is not first["fc1.weight"]
+    assert all(first[key] is value for key, value in model.named_parameters())
+    tuner.unmerge()
+    tuner.merge(keep=True)
+    assert all(first[key] is value for key, value in model.named_parameters())
+    tuner.unmerge()
+    change(model, tuner)
+    tuner.merge(keep=True)
+    assert model.fc1.weight is not first["fc1.weight"]
+    found = {key: value.detach().clone() for key, value in model.named_parameters()}
+    tuner.unmerge()
+    tuner.merge()  # computes anew, and keeps nothing
+    assert tuner.kept is None
+    torch.testing.assert_close(dict(model.named_parameters()), found, rtol=0, atol=0)
+
+
+def test_kept_weights_go_with_the_adapter():
+    model = Net()
+    tuner = lora(model)
+    tuner.merge(keep=True)
+    merged = weakref.ref(model.fc1.weight)
+    tuner.unmerge()
+    assert merged() is not None
+    tuner.detach()
+    gc.collect()
+    assert merged() is None
+
+
+def test_two_kept_adapters_take_turns_to_the_bit():
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(3, 8)
+    before = snapshot(model)
+    tuners = {name: lora(model, name=name) for name in ("a", "b")}
+    found: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
+    for name in "abab":
+        for tuner in tuners.values():
+            tuner.unmerge()
+        vp.activate(model, name)
+        tuners[name].merge(keep=True)
+        found[name].append(model(x).detach())
+    assert torch.equal(*found["a"]) and torch.equal(*found["b"]) and not torch.equal(found["a"][0], found["b"][0])
+    for tuner in tuners.values():
+        tuner.detach()
+    assert_same(before, model)
