@@ -80,7 +80,7 @@ def _few_shot(file: Path, header: dict[str, Any], paths: Sequence[str], names: l
               checkpoint: str | None) -> Tensor:  # fmt: skip
     """Probabilities (N, C) of what a few-shot run left behind."""
     config = few_shot.Config(header["model"], checkpoint, method=header["method"], templates=header["templates"])
-    clip = few_shot.build(config.model, config.checkpoint)
+    clip = zero_shot.on_device(few_shot.build(config.model, config.checkpoint))
     fitter = Fitter(config, clip, make_accelerator())
     if file.name != few_shot.HEAD:
         vp.load(clip.model, file)

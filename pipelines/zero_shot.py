@@ -4,7 +4,8 @@
     result = run(Config(model="ViT-B-32", checkpoint="openai", data=("eurosat",), adapter="run/adapter.safetensors"))
 
 With an adapter: scores before, after and their difference on every set, and accuracy over `tuner.scale` from 0 to 1,
-the straight line of WiSE-FT (arXiv 2109.01903) wherever the adapter is a change of weights.
+the straight line of WiSE-FT (arXiv 2109.01903) wherever the adapter is a change of weights. Tensors that learnt by
+`train=` have no scale: they are as tuned all along the curve, which then does not begin at the scores before.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from visionpeft.clip.templates import Template, read_templates
 from visionpeft.clip.text import class_prompts, ensemble, tokenize
 from visionpeft.data.sets import FileSource, ImageSet
 from visionpeft.report.zero_shot import report
-from visionpeft.training import runs
+from visionpeft.training import make_accelerator, runs
 
 Watch = Callable[[str], None]
 
@@ -84,6 +85,8 @@ class Result:
     after: dict[str, dict[str, float]] = field(default_factory=dict)
     curve: list[dict[str, Any]] = field(default_factory=list)
     """{"scale": s, "scores": {set: top-1}} for s from 0 to 1."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be known of the curve: why there is none, or what has no scale in it."""
     adapter: str = ""
     parameters: int = 0
     folder: str = ""
@@ -110,7 +113,7 @@ def run(config: Config, watch: Watch | None = None) -> Result:
         raise ClipError("nothing to evaluate: give data or captions")
     if config.tune is not None:
         config = replace(config, tune=None, adapter=_tuned(config, watch))
-    clip = build(config.model, config.checkpoint)
+    clip = on_device(build(config.model, config.checkpoint))
     evaluator = Evaluator(clip, sets, pairs, templates, FeatureCache(config.cache), config.batch_size)
     result = Result(config.model, len(templates), evaluator.sizes(), folder=config.out)
     watch(f"{config.model} alone")
@@ -125,6 +128,12 @@ def run(config: Config, watch: Watch | None = None) -> Result:
     return result
 
 
+def on_device(clip: Clip) -> Clip:
+    """With its model where accelerate would have it."""
+    clip.model.to(make_accelerator().device)
+    return clip
+
+
 @torch.no_grad()
 def probabilities(config: Config, paths: Sequence[str], classes: Sequence[str]) -> torch.Tensor:
     """What each image file shows, (N, C) over the classes named.
@@ -134,7 +143,7 @@ def probabilities(config: Config, paths: Sequence[str], classes: Sequence[str]) 
     Raises:
         VisionPEFTError: an image that cannot be read, bad classes or templates, an adapter of another model.
     """
-    clip = build(config.model, config.checkpoint)
+    clip = on_device(build(config.model, config.checkpoint))
     if config.adapter is not None:
         vp.load(clip.model, config.adapter, name="adapter")
     evaluator = Evaluator(clip, (), {}, read_templates(config.templates), FeatureCache(config.cache), config.batch_size)
@@ -174,7 +183,17 @@ def _with_adapter(file: str, points: int, evaluator: Evaluator, result: Result, 
     result.adapter, result.parameters = tuner.method.summary(), tuner.num_parameters
     watch(f"with {result.adapter}")
     result.after = evaluator.scores()
-    result.curve = curve(tuner, evaluator, points, {0.0: result.before, 1.0: result.after}, watch)
+    known = {1.0: result.after}
+    if tuner.trained:
+        result.notes.append(f"at every scale as tuned: {len(tuner.trained)} tensors of the model, learnt by train=")
+    else:
+        known[0.0] = result.before
+    try:
+        tuner.check_strength(0.5)
+    except vp.VisionPEFTError as error:
+        result.notes.append(f"no curve: {error}")
+    else:
+        result.curve = curve(tuner, evaluator, points, known, watch)
     tuner.detach()
 
 

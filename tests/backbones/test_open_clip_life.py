@@ -195,6 +195,25 @@ def test_a_resting_adapter_lets_the_raw_tensor_be_the_original():
     assert zoo.model.visual.proj is projection and type(zoo.model.visual) is open_clip.transformer.VisionTransformer
 
 
+@pytest.mark.parametrize("method", [vp.methods.VPT, vp.methods.Rein])
+def test_blocks_of_a_timm_trunk_take_what_they_take_in_timm_itself(method):
+    """How many tokens stand before the patches is for the trunk to say."""
+    zoo = make("siglip")
+    trunk = copy.deepcopy(zoo.model.visual.trunk)
+    with torch.no_grad():
+        text = zoo.model.encode_text(zoo.text)
+        torch.manual_seed(0)
+        tuner, lone = vp.attach(zoo.model, method(tower="image")), vp.attach(trunk, method())
+        assert len(tuner.sites) == len(lone.sites) > 1
+        for mine, other in zip(tuner.parameters(), lone.parameters(), strict=True):
+            mine.copy_(other.normal_())
+        found = zoo.model.encode_image(zoo.image)
+        close(found, zoo.model.visual.head(trunk(zoo.image)))
+        assert torch.equal(zoo.model.encode_text(zoo.text), text)
+        tuner.detach()
+        assert (zoo.model.encode_image(zoo.image) - found).abs().max() > 1e-3
+
+
 def test_unused_pooler_of_a_hugging_face_tower_is_a_dead_adapter():
     with pytest.raises(vp.DeadAdapterError, match="1 of .*text.transformer.pooler.dense"):
         vp.attach(make("roberta").model, vp.LoRA(rank=1, targets=ALL))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
 import tiny_clip
 import torch
+from open_clip.model import CustomTextCLIP
 from PIL import Image
 from tiny_clip import PREPARE, tokenizer
 
@@ -18,6 +20,7 @@ from visionpeft import cli
 from visionpeft.clip import ClipError
 from visionpeft.clip.data import load_images
 from visionpeft.clip.scores import classification_scores
+from visionpeft.data.preprocessing import Preprocessing
 from visionpeft.errors import AdapterFileError, DataError
 from visionpeft.pipelines import zero_shot
 from visionpeft.pipelines.zero_shot import Config, run
@@ -121,6 +124,56 @@ def test_at_scale_zero_the_model_is_as_without_the_adapter(folder):
         {name: scores["top1"] for name, scores in end.items()} for end in (before, after)
     ]
     assert tuner.scale == 1
+
+
+def test_tensors_that_learnt_besides_have_no_scale_and_the_curve_says_so(folder, capsys):
+    model = tiny()
+    tuner = vp.attach(model, vp.LoRA(rank=2, targets="query"), train="visual.proj")
+    with torch.no_grad():
+        for p in tuner.parameters():
+            p.normal_()
+        changed = tiny()
+        changed.visual.proj.copy_(model.visual.proj)
+    tuner.save(folder / "a.safetensors")
+    arguments = ["--model", "tiny", "--data", spec(folder), "digits?test=40", "--templates", "{}", "--points", "2"]
+    arguments += ["--adapter", str(folder / "a.safetensors"), "--out", str(folder / "out")]
+    assert cli.main(["zero-shot", *arguments]) == 0
+    result = json.loads((folder / "out" / "result.json").read_text())
+    sets = [load_images(spec(folder)), load_images("digits?test=40")]
+    expected = zero_shot.Evaluator(tiny_clip.clip(changed), sets, {}, ["{}"], zero_shot.FeatureCache()).scores()
+    assert result["curve"][0]["scores"] == {name: scores["top1"] for name, scores in expected.items()}
+    assert expected != result["before"]
+    (note,) = result["notes"]
+    assert note == "at every scale as tuned: 1 tensors of the model, learnt by train="
+    assert note in (folder / "out" / "report.html").read_text() and note in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_acts_wholly_or_not_at_all_has_no_curve_and_is_evaluated_all_the_same(folder, monkeypatch):
+    trunk = dict(image_size=32, timm_model_name="test_vit", timm_pool="avg", timm_proj="linear")
+
+    def build(name="", checkpoint=None):
+        return tiny_clip.clip(tiny_clip.tiny(trunk, cls=CustomTextCLIP))._replace(preprocessing=Preprocessing(
+            (0.5,) * 3, (0.5,) * 3, (32, 32)))  # fmt: skip
+
+    monkeypatch.setattr(zero_shot, "build", build)
+    tuner = vp.attach(build().model, vp.methods.VPT(tokens=2, tower="image"))
+    with torch.no_grad():
+        for p in tuner.parameters():
+            p.normal_()
+    tuner.save(folder / "a.safetensors")
+    result = run(Config("tiny", data=(spec(folder),), adapter=str(folder / "a.safetensors"), templates="{}",
+                        out=str(folder / "out")))  # fmt: skip
+    assert not result.curve and result.before != result.after
+    assert result.notes[0].startswith("no curve: VPT acts wholly or not at all")
+    assert "no curve: VPT" in (folder / "out" / "report.html").read_text()
+
+
+def test_models_go_where_accelerate_has_its_device(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(zero_shot, "make_accelerator", lambda: SimpleNamespace(device=torch.device("meta")))
+    monkeypatch.setattr(zero_shot.Evaluator, "scores", lambda self: seen.append(self.clip.model.logit_scale.device) or {})
+    run(Config("tiny", data=(spec(folder),), templates="{}", out=str(folder / "out")))
+    assert seen == [torch.device("meta")]
 
 
 def test_tuning_first_gives_the_adapter_that_is_compared(folder, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionpeft.backbones import Library
+from visionpeft.backbones import Library, prefix_tokens
 
 _FLAT = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
 
@@ -35,6 +35,12 @@ def _example(root: nn.Module) -> tuple[Any, ...] | None:
     text = torch.full((1, context), 2, device=weight.device)  # no padding, which some towers mask
     text[:, -1] = 3  # the end-of-text position, an argmax
     return image, text
+
+
+def _prefix_tokens(root: nn.Module) -> int | None:
+    """Those of the image tower, whose blocks are the only ones here that take more tokens."""
+    trunk = getattr(getattr(root, "visual", None), "trunk", None)
+    return None if trunk is None else prefix_tokens(trunk)
 
 
 _MLP = {"mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out"}
@@ -64,4 +70,5 @@ LIBRARY = Library(
     },
     towers=_towers,
     example=_example,
+    prefix_tokens=_prefix_tokens,
 )

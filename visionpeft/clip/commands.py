@@ -58,6 +58,8 @@ def _zero_shot(config: ZeroShot = _ZERO_SHOT) -> int:
     console.print(_table(head, body, title(result)))
     if result.curve:
         console.print(_table(*curve_rows(result), "over the adapter's scale"))
+    for note in result.notes:
+        console.print(note, markup=False)
     if config == replace(DEMO, out=config.out):
         console.print("the loss on CIFAR-10, which cannot be shipped: visionpeft zero-shot --root data", markup=False)
     console.print(f"report: {result.folder}/report.html", markup=False)

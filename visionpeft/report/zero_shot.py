@@ -40,7 +40,7 @@ def report(result: Any) -> str:
     """A self-contained page."""
     notes = [title(result)]
     if result.adapter:
-        notes.append(f"adapter: {result.adapter}, {result.parameters:,} parameters")
+        notes += [f"adapter: {result.adapter}, {result.parameters:,} parameters", *result.notes]
     sections = [page.paragraphs(notes), page.table(*rows(result))]
     if result.curve:
         series = {name: [100 * point["scores"][name] for point in result.curve] for name in result.before}
