@@ -25,6 +25,7 @@ def draw(base: str, adapters: dict[str, float], prompts: Sequence[str], *, base_
     """Images (prompt, PIL image) from a base and adapter files with their strengths.
 
     Args:
+        side: pixels of a side; by default what the first adapter was trained at, else what the pipeline was made for.
         watch: told where an adapter was trained on a base of the same shapes with other weights.
 
     {} in a prompt becomes the token and the class of the first adapter.
@@ -43,12 +44,10 @@ def draw(base: str, adapters: dict[str, float], prompts: Sequence[str], *, base_
         vp.activate(family.pipe, dict(zip(tuners, adapters.values(), strict=True)) | dict.fromkeys(words, 1.0))
     first = next(iter(adapters), None)
     name = "" if first is None else subject_of(first)
-    found = []
-    for prompt in prompts:
-        text = prompt.replace("{}", name)
-        family.text([text])  # refuses what is too long
-        found += [(text, *family.draw([text], [seed + i], steps, guidance, side)) for i in range(count)]
-    return found
+    texts = [prompt.replace("{}", name) for prompt in prompts]
+    family.check(texts)
+    side = side or about.get("resolution")
+    return [(text, *family.draw([text], [seed + i], steps, guidance, side)) for text in texts for i in range(count)]
 
 
 def learnt_word(pipe: Any, path: str) -> vp.Tuner | None:
@@ -82,7 +81,8 @@ def _note_base(family: Family, adapters: Iterable[str], watch: Watch | None) -> 
 def subject_of(path: str) -> str:
     """Token and class that an adapter file was trained with; empty if it does not say."""
     about = _about(path)
-    return " ".join(str(about[key]) for key in ("token", "class_name") if about.get(key))
+    words = [str(about[key]) for key in ("token", "class_name") if about.get(key)]
+    return " ".join(dict.fromkeys(words))  # a DiT's class is both
 
 
 def _about(path: str) -> dict[str, Any]:

@@ -12,10 +12,9 @@ from __future__ import annotations
 import copy
 import io
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,13 @@ from visionpeft.diffusion.errors import DiffusionError
 from visionpeft.diffusion.families import DiT, Family, family_of
 from visionpeft.diffusion.loading import digest, load_pipeline, parts
 from visionpeft.diffusion.prior import class_images
+from visionpeft.diffusion.scores import judges
 from visionpeft.diffusion.training import WORD_RATE, Example, Trainer
 from visionpeft.diffusion.words import check_token, rare_token
-from visionpeft.errors import FormatError
-from visionpeft.formats import kohya
-from visionpeft.methods.textual_inversion import TextualInversion, new_token, save_embedding
+from visionpeft.methods.textual_inversion import TextualInversion, new_token
 from visionpeft.pipelines.methods import parse_method
-from visionpeft.pipelines.personalisation_settings import WORD_FILE, Config, Result
-from visionpeft.report.personalisation import report
+from visionpeft.pipelines.personalisation_output import finish, preview
+from visionpeft.pipelines.personalisation_settings import Config, Result
 from visionpeft.training import make_accelerator, runs
 from visionpeft.training.order import seed_all
 
@@ -47,7 +45,6 @@ Watch = Callable[[str], None]
 Progress = Callable[[int, int, float], None]
 BUNDLED = "bundled:"
 NEW_WORD = "<subject>"
-BLACK = 4  # a picture without a brighter value than this, of 255, is black
 
 
 @dataclass
@@ -105,7 +102,8 @@ def adapters(config: Config, family: Family, token: str) -> Iterator[list[vp.Tun
         try:
             if config.word_vectors:
                 found.append(_new_word(config, family, token))
-            found.insert(0, vp.attach(family.pipe, method_of(config), name="subject"))
+            found.insert(0, vp.attach(family.pipe, method_of(config, family), name="subject"))
+            _check_learns(config, family, found[0])
             yield found
         finally:
             for tuner in found:
@@ -153,14 +151,26 @@ def check(config: Config) -> None:
         raise DiffusionError(f"ema={config.ema}: expected a decay between 0 and 1")
 
 
-def method_of(config: Config) -> Any:
-    """The method, spread over the text encoders if they learn too."""
+def method_of(config: Config, family: Family) -> Any:
+    """The method; where it does not say its places itself, at the denoiser, and at the text encoders if they learn."""
     method = parse_method(config.method)
-    if config.train_text and method.targets is None:
-        if method.within is not None:
+    if method.within is not None:
+        if config.train_text and method.targets is None:
             raise DiffusionError("train_text adapts all but the autoencoder: leave out it or the method's within")
-        return replace(method, within="*", exclude=method.exclude or "vae.*")
-    return method
+        return method
+    if config.train_text:
+        return replace(method, within="[tu]*")  # transformer, unet, text encoders
+    return method if method.targets is None else replace(method, within=f"{family.denoiser_name}.*")
+
+
+def _check_learns(config: Config, family: Family, tuner: vp.Tuner) -> None:
+    """Refuse adapters that would never learn: latents, and features of frozen text encoders, are made beforehand."""
+    learns = {family.denoiser_name, *(family.text_encoders if config.train_text else ())}
+    if idle := [site for site in tuner.sites if tuner.backbone.split(site.path)[0] not in learns]:
+        raise DiffusionError(
+            f"{config.method} is at {idle[0]} too ({len(idle)} such sites), and {', '.join(sorted(learns))} learns: "
+            "give train_text for text encoders, or a narrower within"
+        )
 
 
 def read(config: Config, family: Family, watch: Watch) -> Subject:
@@ -180,6 +190,8 @@ def read(config: Config, family: Family, watch: Watch) -> Subject:
     if isinstance(family, DiT):
         if config.class_name is None:
             raise DiffusionError("a DiT learns a class, not a word: give its number as class_name")
+        if config.score_images:
+            raise DiffusionError("score_images draws the prompts of DreamBench, and a DiT takes classes: leave it out")
         return Subject(pictures, config.class_name, config.class_name)
     tokenizers = [getattr(family.pipe, name, None) for name in family.tokenizers]
     token = config.token or (NEW_WORD if config.word_vectors else rare_token(tokenizers[0]))
@@ -251,7 +263,7 @@ def account(config: Config, family: Family, tuners: Sequence[vp.Tuner], subject:
     if config.word_vectors:
         lines.insert(5, f"new word: {subject.token!r}, {config.word_vectors} vectors, starting at "
                         f"{config.class_name or 'a draw'!r}, lr {WORD_RATE:g} unless rates say otherwise")  # fmt: skip
-    silent = sum(subject.token not in e.prompt for e in examples)
+    silent = 0 if isinstance(family, DiT) else sum(subject.token not in e.prompt for e in examples)
     if silent:
         lines.append(f"NOTE: {silent} captions do not have the token {subject.token!r}: write {{}} where it belongs")
     return lines
@@ -276,7 +288,8 @@ def _train(config: Config, family: Family, tuners: Sequence[vp.Tuner], subject: 
     own, prior = examples
     prompts = [subject.fill(p) for p in config.previews] if not isinstance(family, DiT) else [subject.name]
     family.check([*(e.prompt for e in (*own, *prior)), *prompts])
-    trainer = Trainer(config, family, tuners, own, prior, accelerator, config.folder)
+    jury = judges(config) if config.score_images else None  # now, since a missing file is no news for the end
+    trainer = Trainer(config, family, tuners, own, prior, accelerator, config.folder, base)
     runs.claim(config.folder, config.identity())  # only now, so that settings that were refused leave no folder
     family.train()
     if config.gradient_checkpointing:
@@ -294,67 +307,7 @@ def _train(config: Config, family: Family, tuners: Sequence[vp.Tuner], subject: 
         family.train(False)
     result.seconds = time.perf_counter() - begin
     preview(config, family, trainer, prompts, config.steps, result.notes)
-    return _finish(config, family, trainer, subject, base, result, watch)
-
-
-def preview(config: Config, family: Family, trainer: Trainer, prompts: Sequence[str], step: int,
-            notes: list[str]) -> None:  # fmt: skip
-    """Draw the previews with what would be saved now; a black one is told in the notes."""
-    if not trainer.accelerator.is_main_process:
-        return
-    kept = {name: t.clone() for name, t in trainer.state().items()}
-    training = family.denoiser.training
-    trainer.load(trainer.result())
-    family.train(False)
-    for i, prompt in enumerate(prompts):
-        (image,) = family.draw([prompt], [config.seed + i], config.inference_steps, config.guidance)
-        if np.asarray(image).max() <= BLACK:
-            notes.append(f"the preview of {prompt!r} at step {step} is black: the rate is too high, or half precision "
-                         "overflows in the autoencoder")  # fmt: skip
-        with runs.replacing(config.folder / "previews" / f"{step:06d}_{i}.png") as temporary:
-            image.save(temporary, format="PNG")
-    trainer.load(kept)
-    family.train(training)
-
-
-def _finish(config: Config, family: Family, trainer: Trainer, subject: Subject, base: str, result: Result,
-            watch: Watch) -> Result:  # fmt: skip
-    trainer.load(trainer.result())
-    result.steps, result.segments = trainer.step, trainer.segments
-    last = trainer.losses[-max(1, len(trainer.losses) // 10) :]
-    result.loss = sum(last) / len(last)
-    path = config.folder / "adapter.safetensors"
-    if trainer.accelerator.is_main_process:
-        trainer.tuner.save(path, base=config.base, token=subject.token, prompt=result.prompt,
-                           class_name=config.class_name, denoiser=base, new_classes=config.new_classes,
-                           word_vectors=config.word_vectors, seed=config.seed)  # fmt: skip
-        if config.word_vectors:
-            save_embedding(trainer.tuners[1], config.folder / WORD_FILE, subject.token)
-        result.file_bytes = path.stat().st_size
-        if config.kohya:
-            _write_kohya(trainer.tuner, config.folder / "adapter_kohya.safetensors", result.notes)
-    if config.score_images:
-        from visionpeft.diffusion.scores import compare
-
-        watch("scoring")
-        compare(config, family, trainer.tuner, subject, result)
-    if trainer.accelerator.is_main_process:
-        runs.write_text(config.folder / "report.html", report(result, trainer.rows(), config.folder))
-        runs.write_json(config.folder / "result.json", asdict(result))
-    for note in result.notes:
-        watch(f"NOTE: {note}")
-    return result
-
-
-def _write_kohya(tuner: vp.Tuner, path: Path, notes: list[str]) -> None:
-    """Write the file of sd-scripts, or note why it cannot be; how much a KronA grows is noted too."""
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
-            kohya.save(tuner, path)
-        except FormatError as error:
-            notes.append(f"no {path.name}: {error}")
-    notes += [str(w.message) for w in told]
+    return finish(config, family, trainer, subject, base, jury, result, watch)
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ pytest.importorskip("diffusers")
 
 import tiny_pipelines
 
+import visionpeft as vp
 from visionpeft.diffusion import DiffusionError, family_of
+from visionpeft.pipelines.generation import draw
 from visionpeft.pipelines.personalisation import Config, run
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -95,6 +98,8 @@ def test_dit() -> None:
 
 
 def test_kinds_and_sides() -> None:
+    from diffusers import EDMEulerScheduler
+
     found = {name: family_of(make()) for name, make in tiny_pipelines.PIPELINES.items()}
     assert {n: f.kind for n, f in found.items()} == {
         "sd": "epsilon", "sdxl": "epsilon", "dit": "epsilon", "sd3": "flow", "flux": "flow"
@@ -107,6 +112,10 @@ def test_kinds_and_sides() -> None:
         family_of(tiny_pipelines.sd("sample"))
     with pytest.raises(DiffusionError, match="dict cannot be personalised"):
         family_of({})
+    pipe = tiny_pipelines.sd()
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(DiffusionError, match="EDMEulerScheduler has no alphas_cumprod"):
+        family_of(pipe)
 
 
 def test_a_dit_learns_new_classes_at_twice_the_resolution(tmp_path: Path) -> None:
@@ -136,6 +145,27 @@ def test_a_dit_learns_new_classes_at_twice_the_resolution(tmp_path: Path) -> Non
     torch.testing.assert_close(fine.view(8, 8, 16)[::2, ::2], coarse.view(4, 4, 16), rtol=1e-5, atol=1e-5)
     with pytest.raises(DiffusionError, match="UNet2DConditionModel with 3"):
         renew_classes(tiny_pipelines.sd().unet, 3)
+
+
+def test_a_dit_takes_classes_from_the_first_check_to_the_drawing(tmp_path: Path) -> None:
+    pipe: Any = tiny_pipelines.dit()
+    one = config(tmp_path, class_name="3")
+    (Path(one.images) / "captions.json").write_text('{"0.png": "3", "1.png": "4"}')
+    told: list[str] = []
+    run(one, told.append, pipe=pipe)
+    assert not [line for line in told if "NOTE: 1 captions" in line], "a class was taken for a missing word"
+    pipe.save_pretrained(tmp_path / "dit")
+    path = str(one.folder / "adapter.safetensors")
+    ((prompt, image),) = draw(str(tmp_path / "dit"), {path: 1.0}, ["{}"], steps=2, guidance=1.0, seed=5)
+    tuner = vp.load(pipe, path)
+    (wanted,) = pipe([3], 1.0, torch.Generator().manual_seed(5), 2).images
+    tuner.detach()
+    assert prompt == "3" and image.tobytes() == wanted.tobytes()
+    for wrong, message in ((replace(one, class_name="12", out=f"{one.out}2"), "'12' is no class"),
+                           (replace(one, score_images=1, out=f"{one.out}3"), "a DiT takes classes")):  # fmt: skip
+        with pytest.raises(DiffusionError, match=message):
+            run(wrong, pipe=pipe)
+        assert not wrong.folder.exists()
 
 
 def test_dit_drops_a_label_in_all_blocks_at_once() -> None:

@@ -23,7 +23,7 @@ from visionpeft.data.subjects import Crop, Picture  # noqa: E402
 from visionpeft.diffusion import DiffusionError, family_of, objective  # noqa: E402
 from visionpeft.diffusion.training import Batches, Example, Schedule, Trainer, groups, learning  # noqa: E402
 from visionpeft.pipelines import personalisation  # noqa: E402
-from visionpeft.pipelines.personalisation import Config, run  # noqa: E402
+from visionpeft.pipelines.personalisation import Config, adapters, run  # noqa: E402
 from visionpeft.training import checkpoint, make_accelerator, runs  # noqa: E402
 from visionpeft.training.loop import DivergedError  # noqa: E402
 from visionpeft.training.order import mix  # noqa: E402
@@ -117,6 +117,24 @@ def test_an_unfinished_run_is_not_extended(config: Config, pipe: Any) -> None:
         run(replace(config, lr=0.5), pipe=pipe)
 
 
+def test_a_run_does_not_go_on_with_other_images(config: Config, pipe: Any) -> None:
+    one = replace(config, checkpoint_seconds=0.0)
+    with pytest.raises(Killed):
+        run(one, progress=kill_at(2), pipe=pipe)
+    path = Path(config.images) / "1.png"
+    kept = path.read_bytes()
+    Image.new("RGB", (32, 16), (9, 9, 9)).save(path)
+    with pytest.raises(DiffusionError, match="a run on other images, captions, masks or weights"):
+        run(one, pipe=pipe)
+    path.write_bytes(kept)
+    other = tiny_pipelines.sd()
+    with torch.no_grad():
+        other.unet.conv_in.bias.add_(1)
+    with pytest.raises(DiffusionError, match="a run on other images, captions, masks or weights"):
+        run(one, pipe=other)
+    assert run(one, pipe=pipe).steps == 6
+
+
 def test_schedule() -> None:
     cosine = Schedule("cosine", 2)
     assert [cosine(i, [4]) for i in (0, 1)] == [0.5, (1 + np.cos(np.pi / 4)) / 2]
@@ -144,7 +162,7 @@ def trainer(config: Config, pipe: Any, folder: Path) -> Trainer:
     subject = personalisation.read(config, family, lambda line: None)
     prior = personalisation._prior(config, family, lambda line: None)
     examples, more = personalisation._examples(config, family, subject, prior)
-    tuner = vp.attach(pipe, personalisation.method_of(config), name="subject")
+    tuner = vp.attach(pipe, personalisation.method_of(config, family), name="subject")
     return Trainer(config, family, [tuner], examples, more, make_accelerator(), folder)
 
 
@@ -238,6 +256,44 @@ def test_rates_by_role_and_path(pipe: Any) -> None:
                 groups([tuner], 1e-3, [bad])
     finally:
         tuner.detach()
+
+
+def test_rates_of_what_learns_in_place(pipe: Any) -> None:
+    tuner = vp.attach(pipe, vp.DiffFit(), name="rates")
+    try:
+        found = groups([tuner], 1e-3, ["norm=1e-4", "attn_out=1e-5", "*.conv_in.bias=1e-6"])
+        rate = {id(p): g["lr"] for g in found for p in g["params"]}
+        norms = [m.bias for m in pipe.unet.modules() if isinstance(m, torch.nn.GroupNorm | torch.nn.LayerNorm)]
+        assert norms and {rate[id(p)] for p in norms} == {1e-4} and rate[id(pipe.unet.conv_in.bias)] == 1e-6
+        gammas = [a.gamma for s, a in tuner.adapters.items() if s.role == "attn_out"]
+        assert gammas and {rate[id(p)] for p in gammas} == {1e-5}
+        assert rate[id(pipe.unet.conv_out.bias)] == 1e-3
+    finally:
+        tuner.detach()
+
+
+@pytest.mark.parametrize("train_text, parts", [(False, {"unet"}), (True, {"unet", "text_encoder"})])
+def test_adapters_are_only_where_something_learns(config: Config, pipe: Any, train_text: bool,
+                                                  parts: set[str]) -> None:  # fmt: skip
+    """Roles are found in the autoencoder and the text encoder as well, whose outputs are made before training."""
+    family = family_of(pipe)
+    for method in ("lora:targets=query value", "lora:targets=diffusers", "lora", "bitfit", "lora:exclude=*.attn2.*"):
+        with adapters(replace(config, method=method, train_text=train_text), family, "zqx") as (tuner,):
+            assert {site.path.split(".")[0] for site in tuner.sites} == parts
+    for within in ("*", "vae.*"):
+        bad = replace(config, method=f"lora:targets=query,within={within}", train_text=train_text)
+        with pytest.raises(DiffusionError, match="at .*such sites.* learns: give train_text"):
+            with adapters(bad, family, "zqx"):
+                pass
+        assert not vp.tuners(pipe)
+    only = replace(config, method="lora:targets=query,within=text_encoder.*", train_text=train_text)
+    if train_text:
+        with adapters(only, family, "zqx") as (tuner,):
+            assert {site.path.split(".")[0] for site in tuner.sites} == {"text_encoder"}
+    else:
+        with pytest.raises(DiffusionError, match="is at text_encoder"):
+            with adapters(only, family, "zqx"):
+                pass
 
 
 def test_text_encoders_learn_on_request(config: Config, pipe: Any) -> None:

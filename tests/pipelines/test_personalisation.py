@@ -125,6 +125,7 @@ def test_a_black_preview_is_told(config: Config, pipe: Any, monkeypatch: Any) ->
     ({"word_vectors": 1, "token": "b"}, "'b' is a word of this tokenizer already"),
     ({"min_snr": 5.0, "schedule": "linear"}, "expected constant or cosine"),
     ({"rates": ("quary=1",)}, "'quary' fits nothing"),
+    ({"score_images": 1, "dino": "nano_vit", "clip_model": "nobody"}, "nobody"),
 ])  # fmt: skip
 def test_bad_settings(config: Config, pipe: Any, fields: dict[str, Any], message: str) -> None:
     before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
@@ -170,6 +171,15 @@ def test_draw(config: Config, pipe: Any, base: str) -> None:
     plain = pipe("a", num_inference_steps=2, generator=torch.Generator().manual_seed(4)).images[0]
     ((_, none),) = draw(base, {path: 0.0}, ["a"], seed=4, steps=2)
     assert none.tobytes() == plain.tobytes()
+
+
+def test_what_was_trained_at_another_resolution_is_drawn_at_it(config: Config, pipe: Any, base: str) -> None:
+    large = replace(config, resolution=32, steps=1)
+    run(large, pipe=pipe)
+    assert Image.open(large.folder / "previews" / "000001_0.png").size == (32, 32)
+    path = str(large.folder / "adapter.safetensors")
+    ((_, own),), ((_, asked),) = (draw(base, {path: 1.0}, ["a"], steps=1, side=side) for side in (None, 16))
+    assert own.size == (32, 32) and asked.size == (16, 16)
 
 
 class Killed(Exception):

@@ -1,8 +1,8 @@
 """Latents and text features, computed once and kept on disk.
 
 A latent's file is named after the image's bytes, its resolution, its crop and mirroring, and the autoencoder's weights
-and config; a text's after its words, the text encoders' weights and configs, and the vocabularies. Whatever changes any of these gets another
-file, so that nothing stale is ever read. Files are written whole or not at all.
+and config; a text's after its words, the text encoders' weights and configs, and the vocabularies. Whatever changes any
+of these gets another file, so that nothing stale is ever read. Files are written whole or not at all.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def _generate(
         seed: Seed of the first image.
         inference_steps: Denoising steps.
         guidance: Strength of classifier-free guidance.
-        side: Pixels; by default what the pipeline was made for.
+        side: Pixels; by default what the first adapter was trained at, else what the pipeline was made for.
         out: Folder for the images and sheet.png.
     """
     from visionpeft.pipelines.generation import draw

@@ -44,6 +44,8 @@ class Family:
         if "FlowMatch" in type(self.pipe.scheduler).__name__ or config.get("use_flow_sigmas"):
             return "flow"
         kind: str = config.get("prediction_type", "epsilon")
+        if not hasattr(self.pipe.scheduler, "alphas_cumprod"):  # EDM's scales latents in its own way
+            raise DiffusionError(f"{type(self.pipe.scheduler).__name__} has no alphas_cumprod: nothing here trains it")
         if kind not in ("epsilon", "v_prediction"):
             raise DiffusionError(f"the scheduler's prediction_type {kind!r} cannot be trained: epsilon, v_prediction")
         return kind
@@ -176,6 +178,11 @@ class DiT(Family):
         if not 0 <= found < classes:
             raise DiffusionError(f"{prompt!r} is no class: a DiT takes numbers below {classes}, or a name it knows")
         return found
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Refuse what is no class; the empty prompt stands for none."""
+        for prompt in filter(None, prompts):
+            self.label(prompt)
 
     def _text(self, prompts: list[str]) -> Conditions:
         return {"label": torch.tensor([self.label(p) if p else self._nothing for p in prompts])}

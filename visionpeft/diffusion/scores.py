@@ -110,21 +110,25 @@ def scores(drawn: Images, prompts: Sequence[str], real: Images, dino: Encoder, c
     }
 
 
-def compare(config: Any, family: Family, tuner: Any, subject: Any, result: Any) -> None:
+def judges(config: Any) -> tuple[Encoder, Encoder]:
+    """The encoders of the DINO score and of both CLIP scores."""
+    return image_encoder(config.dino, config.dino_checkpoint), clip_encoder(config.clip_model, config.clip_checkpoint)
+
+
+def compare(config: Any, family: Family, tuner: Any, subject: Any, jury: tuple[Encoder, Encoder], result: Any) -> None:
     """Draw the DreamBench prompts without and with the adapter; put scores and sheet.png into the run."""
     from visionpeft.report.personalisation import sheet
     from visionpeft.training import runs
 
-    dino = image_encoder(config.dino, config.dino_checkpoint)
-    clip = clip_encoder(config.clip_model, config.clip_checkpoint)
+    dino, clip = jury
     prompts = [p for p in (LIVE_PROMPTS if config.live else OBJECT_PROMPTS) for _ in range(config.score_images)]
     said = [p.replace("{}", config.class_name or "thing") for p in prompts]
     real = [picture.open() for picture in subject.pictures]
 
     def draw(words: Sequence[str]) -> list[Any]:
         return [image for i, text in enumerate(words)
-                for image in family.draw([text], [config.seed + i], config.inference_steps,
-                                         config.guidance)]  # fmt: skip
+                for image in family.draw([text], [config.seed + i], config.inference_steps, config.guidance,
+                                         config.resolution)]  # fmt: skip
 
     filled = [subject.fill(p) for p in prompts]
     with tuner.disabled():

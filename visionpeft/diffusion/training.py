@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,12 @@ def groups(tuners: Sequence[Tuner], lr: float, rates: Sequence[str]) -> list[dic
     """
     given = [_rate(text) for text in rates]
     used: set[str] = set()
-    sites = {str(site): site for tuner in tuners for site in tuner.adapters}
+    roles = {site.full if site.kind == "tensor" else str(site): site.role for tuner in tuners for site in tuner.sites}
     words = {id(p) for tuner in tuners if isinstance(tuner.method, TextualInversion) for p in tuner.parameters()}
     by_rate: dict[float, list[nn.Parameter]] = {}
     learns = learning(tuners)
     for name, p in learns.items():
-        role = next((s.role for key, s in sites.items() if name.startswith(f"{key}.")), "")
+        role = roles.get(name) or next((r for key, r in roles.items() if name.startswith(f"{key}.")), "")
         fitting = [(word, rate) for word, rate in given if word == role or fnmatchcase(name, word)]
         used |= {word for word, _ in fitting}
         usual = WORD_RATE if id(p) in words else lr
@@ -137,11 +138,20 @@ def _rate(text: str) -> tuple[str, float]:
     return word, rate
 
 
+def fingerprint(examples: Sequence[Example], *bases: str) -> str:
+    """Of all that the numbers come from beside the settings: images, buckets, prompts, masks, fingerprints of bases."""
+    found = blake2b("\n".join(bases).encode(), digest_size=16)
+    for e in examples:
+        found.update(f"{e.picture.digest} {e.size} {e.prompt} {e.picture.alpha}\n".encode())
+        found.update(e.picture.mask.read_bytes() if e.picture.mask is not None else b"")
+    return found.hexdigest()
+
+
 class Trainer:
     """The state of one personalisation; the first of `tuners` is the method's, a second that of a new word."""
 
     def __init__(self, config: Any, family: Family, tuners: Sequence[Tuner], examples: Sequence[Example],
-                 prior: Sequence[Example], accelerator: Any, folder: Path) -> None:  # fmt: skip
+                 prior: Sequence[Example], accelerator: Any, folder: Path, base: str = "") -> None:  # fmt: skip
         self.config, self.family, self.accelerator, self.folder = config, family, accelerator, folder
         self.tuners, self.tuner = tuners, tuners[0]
         self.batches, self.prior = Batches(examples, config.batch_size, config.seed), prior
@@ -155,6 +165,7 @@ class Trainer:
         self.average = None if config.ema is None else {k: p.detach().clone() for k, p in self.learns.items()}
         self.losses: list[float] = []
         self.segments: list[int] = []
+        self.origin = fingerprint([*examples, *prior], base, self.latents.digest)
         self._resume()
         self.saved_at = time.monotonic()
         processes = accelerator.num_processes
@@ -297,7 +308,7 @@ class Trainer:
             scaler = self.accelerator.scaler
             checkpoint.write(self.folder / "checkpoint.pt", {
                 "adapter": self.state(), "average": self.average, "losses": self.losses,
-                "optimizer": self.optimizer.state_dict(), "segments": self.segments,
+                "optimizer": self.optimizer.state_dict(), "segments": self.segments, "origin": self.origin,
                 "scaler": None if scaler is None else scaler.state_dict(),
             })  # fmt: skip
             runs.write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows()))
@@ -307,6 +318,9 @@ class Trainer:
         path, steps = self.folder / "checkpoint.pt", self.config.steps
         if path.exists():
             state = checkpoint.read(path)
+            if state.get("origin", self.origin) != self.origin:
+                raise DiffusionError(f"{self.folder} holds a run on other images, captions, masks or weights of the "
+                                     "base: give it those again, or choose another out")  # fmt: skip
             self.load(state["adapter"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.losses, self.segments = list(state["losses"]), list(state["segments"])
