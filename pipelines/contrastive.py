@@ -26,7 +26,7 @@ from visionpeft.clip.features import image_features, text_features
 from visionpeft.clip.losses import check_pieces, in_pieces, loss_of
 from visionpeft.clip.model import Clip, build
 from visionpeft.clip.scores import retrieval_scores
-from visionpeft.clip.stepping import Loop, Steps, Watch
+from visionpeft.clip.stepping import Loop, Steps, Watch, alone
 from visionpeft.clip.text import encode_tokens, tokenize
 from visionpeft.pipelines.methods import parse_method
 from visionpeft.training import make_accelerator, runs
@@ -102,7 +102,7 @@ def run(config: Config, watch: Watch | None = None) -> Result:
         VisionPEFTError: pairs, method or loss that do not fit, a loss that is no number, a folder of another run.
     """
     _check(config)
-    accelerator = make_accelerator(config.precision)
+    accelerator = alone(make_accelerator(config.precision))
     train, held = split(read_pairs(config.captions, config.images), config.held_out, config.seed)
     method = parse_method(config.method)
     clip = build(config.model, config.checkpoint)

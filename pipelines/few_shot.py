@@ -34,7 +34,7 @@ from visionpeft.clip.data import (
 from visionpeft.clip.features import FeatureCache
 from visionpeft.clip.model import build
 from visionpeft.clip.scores import classification_scores
-from visionpeft.clip.stepping import Watch
+from visionpeft.clip.stepping import Watch, alone
 from visionpeft.clip.templates import PHOTO
 from visionpeft.data.sets import Splits
 from visionpeft.pipelines.fitting import CLIP_LORA, HEADS, Fitted, Fitter
@@ -139,7 +139,7 @@ def run(config: Config, watch: Watch | None = None, cache: FeatureCache | None =
         tests = [("base", train), ("new", new)]
     labelled = [Labelled(name, part.classes, part.test) for name, part in tests]
     labelled += [load_images(spec, config.root) for spec in config.others]
-    accelerator = make_accelerator(config.precision)
+    accelerator = alone(make_accelerator(config.precision))
     clip = build(config.model, config.checkpoint)
     clip.model.to(accelerator.device).requires_grad_(False)
     folder = config.folder

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import visionpeft as vp
+from visionpeft.clip.errors import ClipError
 from visionpeft.clip.features import FeatureCache, image_features
 from visionpeft.clip.heads import FACTOR, GDA, CLIPAdapter, LinearProbe, TipAdapter
 from visionpeft.clip.ivlp import IVLP, gaussian_weights
@@ -83,6 +84,8 @@ class Fitter:
         self.factor = logit_scale(self.clip.model)[0]
         if self.name not in HEADS and self.name != "clipfit":
             self.method = parse_method(CLIP_LORA if self.config.method == "clip_lora" else self.config.method)
+            if self.method.trains == "head":
+                raise ClipError(f"{self.config.method!r} trains a classifier, and CLIP has none: use linear_probe")
         self._steps(1)  # refuses numbers that make no sense before anything is computed
 
     def fit(self, train: ImageSet, val: ImageSet, classes: Sequence[str]) -> Fitted:

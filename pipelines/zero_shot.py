@@ -25,6 +25,7 @@ from visionpeft.clip.errors import ClipError
 from visionpeft.clip.features import FeatureCache, image_features, text_features
 from visionpeft.clip.model import Clip, build, logit_scale
 from visionpeft.clip.scores import classification_scores, retrieval_scores
+from visionpeft.clip.stepping import alone
 from visionpeft.clip.templates import Template, read_templates
 from visionpeft.clip.text import class_prompts, ensemble, tokenize
 from visionpeft.data.sets import FileSource, ImageSet
@@ -130,7 +131,7 @@ def run(config: Config, watch: Watch | None = None) -> Result:
 
 def on_device(clip: Clip) -> Clip:
     """With its model where accelerate would have it."""
-    clip.model.to(make_accelerator().device)
+    clip.model.to(alone(make_accelerator()).device)
     return clip
 
 

@@ -182,6 +182,22 @@ def test_towers_are_told_and_unknown_ones_refused():
                                        if "ln_" in n and "visual" not in n)  # fmt: skip
 
 
+def test_ssf_of_a_tower_is_its_share_of_ssf():
+    """The text tower has no patch embedding, which the paper's targets name."""
+    sites = {}
+    for tower in (None, "image", "text"):
+        model = make("vit").model
+        sites[tower] = vp.attach(model, vp.SSF(tower=tower)).sites
+    assert sites["image"] + sites["text"] == sites[None] and len(sites["text"]) == 2 * 8 + 1
+
+
+def test_a_method_without_a_place_in_a_tower_is_an_error():
+    model = make("vit").model
+    with pytest.raises(SiteError, match="Convpass finds no block with a patch embedding"):
+        vp.attach(model, vp.methods.Convpass(tower="text"))
+    assert not vp.tuners(model)
+
+
 def test_a_resting_adapter_lets_the_raw_tensor_be_the_original():
     zoo = make("vit")
     projection = zoo.model.visual.proj

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,6 +154,7 @@ def test_an_image_file_that_is_gone_is_named_with_the_line_that_lists_it(folder)
 
 @pytest.mark.parametrize("run, message", [
     (lambda out: few_shot.run(few_shot.Config(method="clip_laura", out=out)), "unknown method 'clip_laura'"),
+    (lambda out: few_shot.run(few_shot.Config(method="linear", out=out)), "CLIP has none: use linear_probe"),
     (lambda out: few_shot.run(few_shot.Config(shots=0, out=out)), "shots=0: at least 1"),
     (lambda out: few_shot.run(few_shot.Config(iterations=-1, shots=1, out=out)), "expected at least one update"),
     (lambda out: zero_shot.run(zero_shot.Config(adapter="none.safetensors", out=out)), "none.safetensors"),
@@ -165,3 +167,13 @@ def test_misspelt_settings_of_the_jobs(run, message, tmp_path, monkeypatch):
     monkeypatch.setattr(zero_shot, "load_images", lambda *_: small)
     with torch.no_grad(), pytest.raises(VisionPEFTError, match=message):
         run(str(tmp_path))
+
+
+@pytest.mark.parametrize("job, settings", [
+    (few_shot, few_shot.Config(shots=1)), (zero_shot, zero_shot.Config(data=("digits?test=20",))),
+    (contrastive, contrastive.Config(captions="x")),
+])  # fmt: skip
+def test_several_processes_would_each_do_it_all(job, settings, monkeypatch):
+    monkeypatch.setattr(job, "make_accelerator", lambda *_: SimpleNamespace(num_processes=4, device="cpu"))
+    with pytest.raises(ClipError, match="one process, and here are 4: start it without `accelerate launch`"):
+        job.run(settings)

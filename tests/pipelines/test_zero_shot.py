@@ -170,8 +170,9 @@ def test_what_acts_wholly_or_not_at_all_has_no_curve_and_is_evaluated_all_the_sa
 
 def test_models_go_where_accelerate_has_its_device(folder, monkeypatch):
     seen = []
-    monkeypatch.setattr(zero_shot, "make_accelerator", lambda: SimpleNamespace(device=torch.device("meta")))
-    monkeypatch.setattr(zero_shot.Evaluator, "scores", lambda self: seen.append(self.clip.model.logit_scale.device) or {})
+    accelerator = SimpleNamespace(device=torch.device("meta"), num_processes=1)
+    monkeypatch.setattr(zero_shot, "make_accelerator", lambda: accelerator)
+    monkeypatch.setattr(zero_shot.Evaluator, "scores", lambda e: seen.append(e.clip.model.logit_scale.device) or {})
     run(Config("tiny", data=(spec(folder),), templates="{}", out=str(folder / "out")))
     assert seen == [torch.device("meta")]
 

@@ -23,6 +23,18 @@ from visionpeft.training.order import seed_all
 Watch = Callable[[int, int, float], None]
 
 
+def alone(accelerator: Any) -> Any:
+    """The accelerator.
+
+    Raises:
+        ClipError: there are several processes, each of which would do the whole run and write the same files.
+    """
+    if accelerator.num_processes > 1:
+        raise ClipError(f"CLIP jobs run in one process, and here are {accelerator.num_processes}: start it without "
+                        "`accelerate launch`")  # fmt: skip
+    return accelerator
+
+
 @dataclass(frozen=True)
 class Steps:
     """Optimiser and schedule. The defaults are CLIP-LoRA's (Zanella and Ben Ayed, arXiv 2405.18541).

@@ -62,6 +62,8 @@ class Convpass(Method):
         embeddings = {site: _embedding(site, every, backbone) for site in sites}
         if self.targets is None:
             sites = [site for site in sites if embeddings[site] is not None]
+        if not sites:
+            raise SiteError("Convpass finds no block with a patch embedding here, which tells the grid of its tokens")
         return [*sites, *dict.fromkeys(e for site in sites if (e := embeddings[site]) is not None)]
 
     def refuses(self, site: Site, module: nn.Module) -> str | None:

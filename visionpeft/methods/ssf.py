@@ -51,7 +51,7 @@ class SSF(Method):
 
     def default_targets(self, backbone: Backbone) -> str:
         """Every Linear, conv and norm: "after every operation"."""
-        sites = [site for site in backbone.sites() if site.role != "head"]
+        sites = [site for site in backbone.sites(self.tower) if site.role != "head"]
         others = {site.role for site in sites if site.kind in ("conv", "norm") and not site.part}
         return " ".join([*{site.kind for site in sites if site.kind == "linear"}, *sorted(others)])
 
