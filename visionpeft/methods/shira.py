@@ -145,7 +145,8 @@ def switch(take: Tuner | None, put: Tuner | None) -> None:
             flat.index_copy_(0, places, before)
     if put is None:
         return
-    _rest(put)
+    if put.active:
+        _rest(put)
     put.written = []
     for site, adapter in put.adapters.items():
         assert isinstance(adapter, SHiRAAdapter)
