@@ -52,3 +52,33 @@ def test_vit_base(label):
 def test_vit_large(label):
     method, expected = LARGE[label]
     assert count(method, "vit_large_patch16_224") == expected
+
+
+# ---- NOAH's sub-networks --------------------------------------------------------------------------------------------
+
+SUBNETS = {  # widths of LoRA, adapter and prompts in each block, X for 10, as its 19 yaml files for VTAB-1k have them
+    "caltech101": "1XXX5XXX51X1 X15XX155X15X 5X15X1X1X1X1", "cifar": "X1551X111X11 5XXX5111XXX1 X5X151X1X51X",
+    "clevr_count": "11X5XXX151X1 1XXXX15XXX11 X15X51X555X1", "clevr_dist": "51X5XX115X1X 111X111X51XX X11X5X515X55",
+    "diabetic_retinopathy": "11X55X1XX5X1 1155XXX51XX1 X15X155X5X55",
+    "dmlab": "X515XX555XX1 515151555XXX 1X51XX5XX111", "dsprites_loc": "1111XX1X515X 111X11XXXXX1 5X1XX55155X1",
+    "dsprites_ori": "1X1X15XX5515 1XXXX15XXX11 5511X51XXXXX", "dtd": "X5115X511511 111X11XXXXX1 X5115X511511",
+    "eurosat": "X1XX15X111X1 XX51X1X5X1XX XXXXX155XX5X", "kitti": "5XXX1X55X5X1 51XX1X115X55 15X1X5111555",
+    "oxford_flowers102": "XX551X15X15X 515511X55X5X XX551X15X15X", "oxford_pet": "X11X5115XX1X 15555X15X115 X55X1XXXX5XX",
+    "patch_camelyon": "XX1X11555155 51X5511X1515 XX5X1XXX5155", "resisc45": "XX555XXX1515 555151X55155 55X1515X1151",
+    "smallnorb_azi": "X5151155X11X 5111551X1151 1X1X15XX1XX5", "smallnorb_ele": "X11155X51X11 111X11XXXXX1 X11115XXXX1X",
+    "sun397": "XX5511X1111X X5111X551151 51X55X151111", "svhn": "555X555XXXX5 55555X5X5555 X55X55555555",
+}  # fmt: skip
+
+
+def test_noahs_subnets_average_to_the_published_size():
+    """0.36M, without the prompts and the position table of its first layer."""
+    def widths(text: str) -> tuple[int, ...]:
+        return tuple(10 if digit == "X" else int(digit) for digit in text)
+
+    assert len(SUBNETS) == 19
+    counts = []
+    for text in SUBNETS.values():
+        lora, adapter, prompts = map(widths, text.split())
+        counts.append(count(M.NOAH(lora=lora, adapter=adapter, prompts=prompts)))
+        assert counts[-1] == 768 * (4 * sum(lora) + 12 + sum(prompts)) + (2 * 768 + 1) * sum(adapter)
+    assert round(sum(counts) / 19) == 360_134
