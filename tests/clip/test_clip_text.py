@@ -135,6 +135,27 @@ def test_tokens_beyond_the_context_are_an_error_that_shows_the_text():
         tokenize(tokenizer, ["cat", fits + "more"], 32)
 
 
+def words(texts: list[str], context_length: int, end: int = 1, padding: int = 1) -> torch.Tensor:
+    """A token a word, then the end; what is too long is cut before the end, as tokenizers of transformers do it."""
+    rows = [[2 + len(word) for word in text.split()][: context_length - 1] + [end] for text in texts]
+    return torch.tensor([row + [padding] * (context_length - len(row)) for row in rows])
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("over", [0, 1, 2, 9])
+def test_texts_that_are_too_long_are_known_also_where_padding_is_the_end(padding, over):
+    """SigLIP has one token for both."""
+    def tokenizer(texts, context_length):
+        return words(texts, context_length, padding=padding)
+
+    texts = ["a cat", "a b c d", "word " * (7 + over)]  # with the end 8 tokens, if over is 0
+    if over:
+        with pytest.raises(ClipError, match="1 of 3 texts have more tokens than the context of 8: 'word word"):
+            tokenize(tokenizer, texts, 8)
+    else:
+        assert torch.equal(tokenize(tokenizer, texts, 8), tokenizer(texts, 8))
+
+
 def test_names_of_models_and_quickgelu_are_checked(tmp_path, monkeypatch):
     with pytest.raises(ClipError, match="no model 'ViT-B-33', perhaps ViT-B-32"):
         models.build("ViT-B-33")

@@ -37,15 +37,22 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int, cu
         return tokenizer(list(texts), context_length=context_length)
     ids = tokenizer(list(texts), context_length=context_length + 1)
     padding = tokenizer([""], context_length=context_length + 1)[0, -1]
-    long = (ids[:, -1] != padding).nonzero()
-    if len(long):
-        text = texts[int(long[0])]
-        shown = text if len(text) < 80 else f"{text[:77]}..."
+    full = (ids[:, context_length - 1] != padding).nonzero().flatten()
+    if len(full):
+        # SigLIP pads with the end of text and cuts before it: only a text that fits is the same cut here and there.
+        cut_here = tokenizer([texts[i] for i in full.tolist()], context_length=context_length)
+        fits = (ids[full, -1] == padding) & (ids[full, :context_length] == cut_here).all(1)
+        _check_lengths([texts[i] for i in full[~fits].tolist()], len(texts), context_length)
+    return ids[:, :context_length]
+
+
+def _check_lengths(long: Sequence[str], count: int, context_length: int) -> None:
+    if long:
+        shown = long[0] if len(long[0]) < 80 else f"{long[0][:77]}..."
         raise ClipError(
-            f"{len(long)} of {len(ids)} texts have more tokens than the context of {context_length}: {shown!r}; "
+            f"{len(long)} of {count} texts have more tokens than the context of {context_length}: {shown!r}; "
             "shorten the class name or the template"
         )
-    return ids[:, :context_length]
 
 
 def text_root(model: nn.Module) -> Any:
