@@ -34,7 +34,7 @@ def _numbers(result: Any) -> list[tuple[str, str]]:
     numbers += [(key.replace("_", " "), f"{value:.4f}") for key, value in result.metrics.items()]
     numbers += [("adapter parameters", count(result.adapter_parameters)),
                 ("all that learnt", count(result.trained_parameters)), ("file bytes", count(result.file_bytes)),
-                ("test images", count(result.test_images)), ("seconds", f"{result.seconds:.1f}")]
+                ("test examples", count(result.test_images)), ("seconds", f"{result.seconds:.1f}")]
     if result.seconds_per_step is not None:
         waiting = f", of which {result.seconds_waiting:.2g} waiting for data" if result.seconds_waiting else ""
         numbers.append(("seconds per step", f"{result.seconds_per_step:.3g}{waiting}"))

@@ -32,6 +32,7 @@ def curves(series: Mapping[str, Sequence[float]], label: str) -> str:
     for name, values in series.items():
         axes.plot(range(1, len(values) + 1), values, label=name, marker="." if len(values) < 40 else "")
     axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     if len(series) > 1:

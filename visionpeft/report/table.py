@@ -113,7 +113,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 def against_probe(results: Sequence[Any]) -> list[str]:
     """For each data set, whether each method beats the linear probe by more than two deviations.
 
-    The deviation of the difference: over seeds where both have several, else over the test images, which are the same
+    The deviation of the difference: over seeds where both have several, else over the test examples, which are the same
     for both (each counts +1, 0 or -1, as one, both or the other is right).
     """
     groups: dict[tuple[str, str, str], list[Any]] = {}
@@ -133,7 +133,7 @@ def _verdict(group: Sequence[Any], probe: Sequence[Any]) -> str:
         spread = math.hypot(*(statistics.stdev(r.accuracy for r in some) for some in (group, probe)))
         kind = f"over {len(group)} seeds"
     elif group[0].correct and probe[0].correct:
-        spread, kind = _paired(group[0].correct, probe[0].correct), f"over the {len(probe[0].correct):,} test images"
+        spread, kind = _paired(group[0].correct, probe[0].correct), f"over the {len(probe[0].correct):,} test examples"
     else:
         return f"{group[0].data}: {group[0].method} against the linear probe: {100 * gain:+.2f} points, one seed"
     beats = "beats" if gain > 2 * spread else "does not beat"
@@ -142,6 +142,6 @@ def _verdict(group: Sequence[Any], probe: Sequence[Any]) -> str:
 
 
 def _paired(first: str, second: str) -> float:
-    """Deviation of the difference of two accuracies on the same images, given which were right ("1") or wrong."""
+    """Deviation of the difference of two accuracies on the same examples, given which were right ("1") or wrong."""
     differences = [int(a) - int(b) for a, b in zip(first, second, strict=True)]
     return statistics.pstdev(differences) / math.sqrt(len(differences))
