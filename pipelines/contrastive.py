@@ -41,7 +41,7 @@ class Config:
     images: str | None = None
     """Folder of the images, if it is not that of the file."""
     model: str = "nano_clip"
-    """nano_clip, or a model of open_clip."""
+    """nano_clip, or a model of open_clip, also local-dir:PATH or hf-hub:NAME with its weights."""
     checkpoint: str | None = None
     """Weights: a local file, or one of open_clip's tags."""
     method: str = "lora:rank=8,targets=query key value attn_out mlp_in mlp_out"

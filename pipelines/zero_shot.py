@@ -40,7 +40,7 @@ class Config:
     """What to evaluate."""
 
     model: str = "nano_clip"
-    """nano_clip, or a model of open_clip."""
+    """nano_clip, or a model of open_clip, also local-dir:PATH or hf-hub:NAME with its weights."""
     checkpoint: str | None = None
     """Weights: a local file, or one of open_clip's tags."""
     data: tuple[str, ...] = ("bundled",)

@@ -10,6 +10,7 @@ import pytest
 import tiny_clip
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
+from safetensors.torch import save_file
 from tiny_clip import tokenizer
 
 import visionpeft as vp
@@ -177,6 +178,23 @@ def test_names_of_models_and_quickgelu_are_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "_wants_quick_gelu", lambda *_: False)
     with pytest.raises(ClipError, match="trained with GELU, and ViT-B-32-quickgelu has .* Use ViT-B-32$"):
         models.check_activation("ViT-B-32-quickgelu", "some")
+
+
+def test_a_folder_of_open_clips_has_configuration_weights_and_preprocessing(tmp_path):
+    model = tiny_clip.tiny()
+    config = {"embed_dim": 12, "vision_cfg": tiny_clip.VISION, "text_cfg": tiny_clip.TEXT}
+    told = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(told))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    clip = models.build(f"local-dir:{tmp_path}")
+    found = clip.model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+    assert (clip.preprocessing.mean, clip.preprocessing.std) == ((0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
+    assert clip.preprocessing.size == (16, 16) and clip.tokenizer(["a"]).shape == (1, 32)
+    with pytest.raises(ClipError, match="brings its own weights: leave the checkpoint 'openai' out"):
+        models.build(f"local-dir:{tmp_path}", "openai")
+    with pytest.raises(ClipError, match="local-dir:nowhere with weights None cannot be made: .*not found"):
+        models.build("local-dir:nowhere")
 
 
 def test_a_built_model_knows_its_preprocessing_and_tokenizer():

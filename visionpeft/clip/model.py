@@ -14,6 +14,7 @@ from visionpeft.clip.errors import ClipError
 from visionpeft.data.preprocessing import Preprocessing, preprocessing
 from visionpeft.errors import require
 
+WITH_WEIGHTS = ("local-dir:", "hf-hub:")  # open_clip's names for a configuration and weights together
 OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}  # only OpenAI's files carry these
 
 
@@ -30,7 +31,8 @@ def build(name: str, checkpoint: str | None = None) -> Clip:
     """A CLIP model in eval.
 
     Args:
-        name: a model of open_clip ("ViT-B-32"), or "nano_clip", which comes with this library.
+        name: a model of open_clip ("ViT-B-32", or with its weights "local-dir:PATH" or "hf-hub:NAME"), or "nano_clip",
+            which comes with this library.
         checkpoint: a local file of weights, or one of open_clip's tags ("openai"); None leaves the random start, for
             nano_clip it means the bundled weights.
 
@@ -43,9 +45,12 @@ def build(name: str, checkpoint: str | None = None) -> Clip:
     open_clip = require("open_clip", extra="clip")
     if name == nano.NAME:
         return nano.create(checkpoint)
-    if name not in open_clip.list_models():
+    if name.startswith(WITH_WEIGHTS):
+        if checkpoint is not None:
+            raise ClipError(f"{name} brings its own weights: leave the checkpoint {checkpoint!r} out")
+    elif name not in open_clip.list_models():
         raise ClipError(f"open_clip has no model {name!r}{_nearest(name, open_clip.list_models())}")
-    if checkpoint is not None:
+    elif checkpoint is not None:
         check_activation(name, checkpoint)
     try:
         model = open_clip.create_model(name, pretrained=checkpoint).eval()
