@@ -15,11 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
-from contextlib import suppress
-from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,44 +23,11 @@ from typing import Any
 import torch
 from benchmarks import goals, measure, page
 from benchmarks.models import CONTENDERS, SUBJECTS
+from benchmarks.program import DOCS, device, known, machine
 
-import visionpeft as vp
-
-ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = ["fp32", "bf16", "bf16-model"]  # the second by autocast, the third with weights of bf16
 FLEETS = (1, 10, 100)
 PARTS = ("rows", "largest_batches", "merged_latency", "fleets", "graphs", "compiled", "curves")
-
-
-def device() -> str:
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return here.type if here else "cpu"
-
-
-def machine(device: str) -> dict[str, Any]:
-    versions = {"torch": torch.__version__, "visionpeft": vp.__version__}
-    for name in ("timm", "open_clip_torch", "diffusers", "transformers", "peft", "lycoris-lora"):
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
-    threads = {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    return {"device": device, "processor": name, "cpu": cpu, **threads, **versions}
-
-
-def known(file: Path, here: dict[str, Any]) -> dict[str, Any]:
-    """What was measured before on this machine, from the .json beside a page.
-
-    Raises:
-        SystemExit: it was another machine.
-    """
-    old = file.with_suffix(".json")
-    found = json.loads(old.read_text(encoding="utf-8")) if old.exists() else {}
-    if any(found.get("machine", here)[key] != here[key] for key in ("device", "processor")):
-        raise SystemExit(f"{old} holds figures of another machine: choose another --out")
-    return found | {"machine": here}
 
 
 def write(found: dict[str, Any], out: Path) -> None:
@@ -83,7 +46,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=7, help="timed rounds; 0 measures bytes and FLOPs only")
     parser.add_argument("--budget", type=float, default=1024, help="MiB for the largest batch")
     parser.add_argument("--device", default=device())
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--out", type=Path, default=DOCS / "benchmarks.md")
     parser.add_argument("--check", action="store_true", help="deterministic goals on small models, then exit")
     given = parser.parse_args()
     if given.device == "cpu":

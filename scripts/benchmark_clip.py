@@ -16,27 +16,24 @@ gda          closed form from 160,000 features (1,000 classes, 16 shots, 10 view
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark import device, known, machine
 from benchmarks.measure import MIB, Contender, Row, build, ratios, timed
 from benchmarks.models import ATTENTION, SUBJECTS, Subject, clip_model, frozen, ours, peft_lora
 from benchmarks.page import table
+from benchmarks.program import DOCS, program
 from torch import Tensor, nn
 
 import visionpeft as vp
 from visionpeft.clip.heads import GDA
 
-ROOT = Path(__file__).resolve().parents[1]
+STEPS = 600  # of the case exactness
 CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "frozen": frozen,
     "LoRA": ours(vp.LoRA(rank=8, targets=ATTENTION)),
@@ -73,25 +70,25 @@ def attention(quick: bool, rounds: int, device: str) -> list[Row]:
     return rows
 
 
-def exactness(quick: bool, steps: int, device: str) -> list[Row]:
-    """How many of the frozen tensors differ after `steps` steps in bf16."""
+def exactness(quick: bool, rounds: int, device: str) -> list[Row]:
+    """How many of the frozen tensors differ after `STEPS` steps in bf16."""
     dresses = {name: dress for name, dress in CONTENDERS.items() if name != "frozen"}
-    return [_drift(name, c, steps) for name, c in build(subject(quick, 1), dresses, "bf16-model", device).items()]
+    return [_drift(name, c) for name, c in build(subject(quick, 1), dresses, "bf16-model", device).items()]
 
 
-def _drift(name: str, contender: Contender, steps: int) -> Row:
+def _drift(name: str, contender: Contender) -> Row:
     """By name: PEFT replaces the Parameter objects that it merges into."""
     model = contender.model
     before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for _ in range(steps):
+    for _ in range(STEPS):
         image, text, *_ = model(*contender.args)
         (image.float() * text.float()).sum().backward()
         optimiser.step()
         optimiser.zero_grad()
     after = dict(model.named_parameters())
     changed = [n for n, old in before.items() if not torch.equal(after[n], old)]
-    return {"case": "exactness", "contender": name, "steps": steps, "frozen_tensors": len(before),
+    return {"case": "exactness", "contender": name, "steps": STEPS, "frozen_tensors": len(before),
             "changed": len(changed), "first": changed[:1]}  # fmt: skip
 
 
@@ -187,29 +184,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds")
-    parser.add_argument("--steps", type=int, default=600, help="bf16 steps of exactness")
-    parser.add_argument("--quick", action="store_true", help="small models, two rounds; writes no file")
-    parser.add_argument("--device", default=device())
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks_clip.md")
-    given = parser.parse_args(arguments)
-    if given.device == "cpu":
-        torch.set_num_threads(1)
-    here = machine(given.device)
-    found = {"rows": [], "machine": {"models": "small, no figure counts"} | here}
-    if not given.quick:
-        found |= known(given.out, here) | {"machine": here}
-    for name in given.only:
-        count = given.steps if name == "exactness" else 2 if given.quick else given.rounds
-        new = CASES[name](given.quick, count, given.device)
-        found["rows"] = [r for r in found["rows"] if r["case"] != name] + new
-        if not given.quick:
-            given.out.write_text(markdown(found), encoding="utf-8")
-            given.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(markdown(found))
-    return 0
+    return program(__doc__, CASES, markdown, DOCS / "benchmarks_clip.md", arguments)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ Contenders take turns; times are CPU seconds on one thread. All UNets of a run s
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -35,17 +33,16 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
-from benchmark import device, known, machine
 from benchmarks.measure import MIB, Contender, Row, ratios, timed
 from benchmarks.models import SUBJECTS, Batch, Subject, ours, unet
 from benchmarks.page import table
+from benchmarks.program import DOCS, program
 from torch import Tensor, nn
 
 import visionpeft as vp
 from visionpeft.formats import diffusers as diffusers_format
 from visionpeft.methods.shira import switch as switch_shira
 
-ROOT = Path(__file__).resolve().parents[1]
 Act = Callable[[], Any]
 
 
@@ -276,27 +273,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds; shira and nano take ten times as many")
-    parser.add_argument("--quick", action="store_true", help="small models, two rounds; writes no file")
-    parser.add_argument("--device", default=device())
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks_diffusion.md")
-    given = parser.parse_args(arguments)
-    if given.device == "cpu":
-        torch.set_num_threads(1)
-    here = machine(given.device)
-    found = {"rows": [], "machine": {"models": "small, no figure counts"} | here}
-    if not given.quick:
-        found |= known(given.out, here)
-    for name in given.only:
-        new = CASES[name](given.quick, 2 if given.quick else given.rounds, given.device)
-        found["rows"] = [r for r in found["rows"] if r["case"] != name] + new
-        if not given.quick:
-            given.out.write_text(markdown(found), encoding="utf-8")
-            given.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(markdown(found))
-    return 0
+    return program(__doc__, CASES, markdown, DOCS / "benchmarks_diffusion.md", arguments)
 
 
 if __name__ == "__main__":

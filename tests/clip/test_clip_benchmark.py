@@ -21,7 +21,7 @@ def script(monkeypatch):
 
 def test_600_bf16_steps_leave_the_frozen_weights_bit_identical(script):
     """Both towers, LoRA on every attention (PEFT merges and unmerges there, and its weights drift)."""
-    (row,) = script.exactness(True, 600, "cpu")
+    (row,) = script.exactness(True, 1, "cpu")
     assert row["contender"] == "LoRA" and row["steps"] == 600
     assert row["frozen_tensors"] == 4 * 12 + 8 + 6 and row["changed"] == 0, row["first"]
 
@@ -38,7 +38,8 @@ def test_a_frozen_weight_that_is_written_anew_counts_as_changed(script, monkeypa
         return model
 
     monkeypatch.setitem(script.CONTENDERS, "LoRA", dress)
-    (row,) = script.exactness(True, 2, "cpu")
+    monkeypatch.setattr(script, "STEPS", 2)
+    (row,) = script.exactness(True, 1, "cpu")
     assert (row["changed"], row["first"]) == (1, ["visual.ln_post.weight"])
 
 
