@@ -13,7 +13,8 @@ to drawings made here (none of them the subject's training images). Their accura
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,13 @@ from visionpeft.report.personalisation import sheet
 from visionpeft.training import runs
 
 # Chosen on the subject bee, shown on robo.
-METHODS = {"krona:a1=4,a2=16": 2e-3, "lora:rank=4": 1e-3, "difffit": 2e-3}
+METHODS = {"krona:a1=8,a2=8": 1e-3, "lora:rank=4": 1e-3, "difffit": 2e-3}
 DEMO = Config(images="bundled:robo", class_name=scenes.CLASS, word_vectors=4, rates=("*token_embedding*=1e-2",),
               prior=48, batch_size=4, steps=600, ema=0.99, min_snr=5.0, inference_steps=15, guidance=3.0,
               schedule="cosine")  # fmt: skip
 SUBJECT_IMAGES, PLACE_IMAGES, CLASS_IMAGES, SIDE_BY_SIDE = 40, 5, 20, 40
 HEAD = ["", "parameters", "recognised %", "obeyed %", "others %", "seconds"]
+Classes = Callable[[Sequence[Any]], np.ndarray]
 
 
 @dataclass
@@ -50,17 +52,13 @@ class Judges:
     features: Callable[[Sequence[Any]], Any]
     toys: Any
     places: Any
-    classes: Callable[[Sequence[Any]], np.ndarray]
+    classes: Classes
     accuracy: tuple[float, float]
 
 
 def judges(seed: int = 17) -> Judges:
     """Fit both regressions to new drawings, 40 of each toy and of each place."""
-    import torch
-
-    from visionpeft.data.preprocessing import preprocessing
     from visionpeft.diffusion.scores import image_encoder
-    from visionpeft.models import nano
 
     regression = require("sklearn.linear_model", extra="train").LogisticRegression
     features = image_encoder("nano_vit").images
@@ -80,6 +78,19 @@ def judges(seed: int = 17) -> Judges:
     (toys, places), (more_toys, more_places) = drawings(40), drawings(10)
     of_toys = regression(C=10, max_iter=1000).fit(features(toys), numbers(scenes.SUBJECTS, 40))
     of_places = regression(C=10, max_iter=1000).fit(features(places), numbers(scenes.BACKGROUNDS, 40))
+    classes = class_head()
+    accuracy = (of_toys.score(features(more_toys), numbers(scenes.SUBJECTS, 10)),
+                of_places.score(features(more_places), numbers(scenes.BACKGROUNDS, 10)))  # fmt: skip
+    return Judges(features, of_toys, of_places, classes, accuracy)
+
+
+def class_head() -> Classes:
+    """nano_vit's own head: the numbers of the CIFAR-10 classes that pictures are taken for."""
+    import torch
+
+    from visionpeft.data.preprocessing import preprocessing
+    from visionpeft.models import nano
+
     head = nano.create().eval()
     transform = preprocessing(head).transform()
 
@@ -87,45 +98,68 @@ def judges(seed: int = 17) -> Judges:
     def classes(images: Sequence[Any]) -> np.ndarray:
         return head(torch.stack([transform(image) for image in images])).argmax(1).numpy()
 
-    accuracy = (of_toys.score(features(more_toys), numbers(scenes.SUBJECTS, 10)),
-                of_places.score(features(more_places), numbers(scenes.BACKGROUNDS, 10)))  # fmt: skip
-    return Judges(features, of_toys, of_places, classes, accuracy)
+    return classes
+
+
+def draw(family: Family, config: Config, prompts: Sequence[str], seed: int) -> list[Any]:
+    """An image of each prompt, the i-th with seed + i, `SIDE_BY_SIDE` at a time."""
+    found = []
+    for start in range(0, len(prompts), SIDE_BY_SIDE):
+        part = prompts[start : start + SIDE_BY_SIDE]
+        seeds = range(seed + start, seed + start + len(part))
+        found += family.draw(part, seeds, config.inference_steps, config.guidance)
+    return found
+
+
+def draw_subject(family: Family, config: Config, name: str) -> list[Any]:
+    """What is judged for `recognised`; `name` is what the subject is called."""
+    return draw(family, config, [f"a photo of a {name}"] * SUBJECT_IMAGES, 10_000)
+
+
+def others(family: Family, config: Config, classes: Classes) -> float:
+    """Share of images of the CIFAR-10 classes that are taken for what they were to be."""
+    prompts = [f"a photo of {scenes.article(c)}" for c in CLASSES for _ in range(CLASS_IMAGES)]
+    hits = classes(draw(family, config, prompts, 30_000)) == np.repeat(np.arange(len(CLASSES)), CLASS_IMAGES)
+    return float(hits.mean())
 
 
 def measure(family: Family, judges: Judges, name: str, config: Config) -> tuple[list[float], list[Any]]:
     """The three figures as fractions, and a few of the images; `name` is what the subject is called."""
     subject = config.images.removeprefix(BUNDLED)
-
-    def draw(prompts: list[str], seed: int) -> list[Any]:
-        found = []
-        for start in range(0, len(prompts), SIDE_BY_SIDE):
-            part = prompts[start : start + SIDE_BY_SIDE]
-            seeds = range(seed + start, seed + start + len(part))
-            found += family.draw(part, seeds, config.inference_steps, config.guidance)
-        return found
-
-    own = draw([f"a photo of a {name}"] * SUBJECT_IMAGES, 10_000)
-    there = draw([f"a photo of a {name} {where}" for where in scenes.BACKGROUNDS for _ in range(PLACE_IMAGES)], 20_000)
-    others = draw([f"a photo of {scenes.article(c)}" for c in CLASSES for _ in range(CLASS_IMAGES)], 30_000)
+    own = draw_subject(family, config, name)
+    prompts = [f"a photo of a {name} {where}" for where in scenes.BACKGROUNDS for _ in range(PLACE_IMAGES)]
+    there = draw(family, config, prompts, 20_000)
     toys = judges.toys.predict(judges.features(own)) == list(scenes.SUBJECTS).index(subject)
     where = np.repeat(np.arange(len(scenes.BACKGROUNDS)), PLACE_IMAGES)
     places = judges.places.predict(judges.features(there)) == where
-    classes = judges.classes(others) == np.repeat(np.arange(len(CLASSES)), CLASS_IMAGES)
-    return [float(hits.mean()) for hits in (toys, places, classes)], own[:6] + there[::PLACE_IMAGES]
+    figures = [float(toys.mean()), float(places.mean()), others(family, config, judges.classes)]
+    return figures, own[:6] + there[::PLACE_IMAGES]
+
+
+@contextmanager
+def learnt(family: Family, config: Config, watch: Watch | None = None,
+           progress: Progress | None = None) -> Iterator[tuple[Result, str]]:  # fmt: skip
+    """Personalise; meanwhile the pipeline has what was learnt, afterwards it is as it was.
+
+    Yields:
+        the run's result, and what the subject is called.
+    """
+    result, path = run(config, watch, progress, pipe=family.pipe), str(config.folder / "adapter.safetensors")
+    with forgotten_words(family.pipe):
+        tuners = [vp.load(family.pipe, path, name="shown"), learnt_word(family.pipe, path)]
+        try:
+            yield result, subject_of(path)
+        finally:
+            for tuner in tuners:
+                if tuner is not None:
+                    tuner.detach()
 
 
 def learn(family: Family, judges: Judges, config: Config, watch: Watch | None = None,
           progress: Progress | None = None) -> tuple[Result, list[float], list[Any]]:  # fmt: skip
     """Personalise a bundled subject, then `measure` with what was learnt; the pipeline is left as it was."""
-    result, path = run(config, watch, progress, pipe=family.pipe), str(config.folder / "adapter.safetensors")
-    with forgotten_words(family.pipe):
-        tuners = [vp.load(family.pipe, path, name="shown"), learnt_word(family.pipe, path)]
-        try:
-            return result, *measure(family, judges, subject_of(path), config)
-        finally:
-            for tuner in tuners:
-                if tuner is not None:
-                    tuner.detach()
+    with learnt(family, config, watch, progress) as (result, name):
+        return result, *measure(family, judges, name, config)
 
 
 def demo(watch: Callable[[str], None], status: Callable[[str], None], config: Config = DEMO,

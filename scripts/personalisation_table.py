@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,15 +28,25 @@ SEEDS = (0, 1, 2)
 HEAD = "| method | rate | parameters | file, bytes | recognised % | obeyed % | others % |"
 
 
+def kept(folder: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The figures in a folder; computed, put there and told if there are none."""
+    file = folder / "figures.json"
+    if not file.exists():
+        found = compute()
+        runs.write_json(file, found)
+        print(folder, found, flush=True)
+    return dict(runs.read_json(file))
+
+
 def cell(family: Family, jury: demo.Judges, config: demo.Config) -> dict[str, float]:
     """Figures of one toy, method and seed, from its folder if they are there."""
-    file = config.folder / "figures.json"
-    if not file.exists():
+
+    def learn() -> dict[str, float]:
         result, figures, _ = demo.learn(family, jury, config)
         found = dict(zip(("recognised", "obeyed", "others"), figures, strict=True))
-        runs.write_json(file, found | {"parameters": result.parameters, "bytes": result.file_bytes})
-        print(config.out, found, flush=True)
-    return dict(runs.read_json(file))
+        return found | {"parameters": result.parameters, "bytes": result.file_bytes}
+
+    return kept(config.folder, learn)
 
 
 def spread(cells: Sequence[Sequence[dict[str, float]]], key: str) -> str:

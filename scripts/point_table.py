@@ -71,12 +71,12 @@ def verdict(found: Sequence[Any], better: str, worse: str) -> str:
             f"{100 * spread:.2f} over {len(a)} seeds)")
 
 
-def put(page: Path, text: str) -> None:
-    """Write the section "Results" anew, or behind all others."""
+def put(page: Path, text: str, title: str = "Results") -> None:
+    """Write the section `title` anew, or behind all others."""
     old = page.read_text()
-    start = re.search(r"^## Results$", old, re.MULTILINE)
+    start = re.search(f"^## {re.escape(title)}$", old, re.MULTILINE)
     if start is None:
-        page.write_text(f"{old.rstrip()}\n\n## Results\n\n{text}\n")
+        page.write_text(f"{old.rstrip()}\n\n## {title}\n\n{text}\n")
         return
     end = re.search(r"^## ", old[start.end():], re.MULTILINE)
     rest = old[start.end() + end.start():] if end else ""

@@ -6,8 +6,10 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,3 +54,27 @@ def test_a_folder_and_a_seed_are_the_demo_still(monkeypatch: Any) -> None:
     with pytest.raises(SystemExit):
         commands._personalise(commands.Config(out="here", steps=7))
     assert asked[1:] == ["run"]
+
+
+def test_every_image_has_a_seed_of_its_own(monkeypatch: Any) -> None:
+    """Those of the subject, and those of the ten classes of which a judge that says 3 to all knows one in ten."""
+    asked: list[Any] = []
+
+    def draw(prompts: list[str], seeds: range, steps: int, guidance: float) -> list[str]:
+        asked.append((len(prompts), list(seeds), steps, guidance))
+        return prompts
+
+    monkeypatch.setattr(demo, "CLASS_IMAGES", 5)
+    family: Any = SimpleNamespace(draw=draw)
+    assert demo.draw_subject(family, demo.DEMO, "<x> toy") == ["a photo of a <x> toy"] * 40
+    assert asked == [(40, list(range(10_000, 10_040)), 15, 3.0)]
+    seen: list[str] = []
+
+    def classes(images: Any) -> np.ndarray:
+        seen.extend(images)
+        return np.where(np.arange(len(images)) < 18, 3, 0)  # right for three of the five cats
+
+    assert demo.others(family, demo.DEMO, classes) == 3 / 50
+    assert seen[:6] == ["a photo of an airplane"] * 5 + ["a photo of an automobile"]
+    assert len(seen) == 50 and seen[-1] == "a photo of a truck"
+    assert asked[1:] == [(40, list(range(30_000, 30_040)), 15, 3.0), (10, list(range(30_040, 30_050)), 15, 3.0)]
