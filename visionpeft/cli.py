@@ -200,8 +200,9 @@ def _convert(source: str, out: str, base: str = "", to: str = "diffusers") -> in
     Args:
         source: Adapter file or PEFT folder; its format is found out.
         out: File to write, for peft a folder.
-        base: Folder of the diffusers pipeline or model that it is for (only configs are read), or a timm name.
-        to: visionpeft, diffusers, kohya, peft, lycoris or cloneofsimo.
+        base: Folder of the diffusers pipeline or model that it is for (only configs are read, and for SVFit the
+            weights), or a timm name.
+        to: visionpeft, diffusers, kohya, peft, lycoris or cloneofsimo; KronA as LoKr also diffusers-lokr or comfyui.
     """
     from visionpeft.formats.structure import convert
 

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import safetensors.torch
 import tiny_diffusers as tiny
+import tiny_pipelines
 import torch
 from tiny_pipeline import draw, pipeline
 
@@ -108,6 +109,69 @@ def test_load_lora_adapter_of_a_transformer(name, tmp_path):
     close(tiny.see(ours, x), expected)
 
 
+@pytest.mark.parametrize("targets", ["diffusers", "kohya"])
+@pytest.mark.parametrize("kind", ["diffusers", "kohya"])
+def test_lora_into_the_pipeline_of_sdxl_with_both_its_encoders(kind, targets, tmp_path):
+    def see(pipe):
+        made = pipe.encode_prompt("a cat", None, "cpu", 1, False)
+        generator = torch.Generator().manual_seed(1)
+        image = pipe("a cat", num_inference_steps=2, generator=generator, output_type="latent").images
+        return torch.cat([t.flatten() for t in (made[0], made[2], torch.as_tensor(image))]).detach()
+
+    pipe = tiny_pipelines.sdxl()
+    plain = see(pipe)
+    tuner = lora(pipe, targets)
+    assert {s.path.split(".")[0] for s in tuner.sites} == {"unet", "text_encoder", "text_encoder_2"}
+    expected = see(pipe)
+    assert not torch.allclose(expected, plain, rtol=0, atol=1e-2)
+    formats.save(tuner, tmp_path / "a.safetensors", kind)
+    theirs, ours = tiny_pipelines.sdxl(), tiny_pipelines.sdxl()
+    theirs.load_lora_weights(str(tmp_path / "a.safetensors"))
+    close(see(theirs), expected)
+    formats.load(ours, tmp_path / "a.safetensors")
+    close(see(ours), expected)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_lora_into_pipelines_of_transformers(name, tmp_path):
+    """Their own loaders; sd-scripts has other names for such, of which diffusers would find none, or stop."""
+    def fresh():
+        torch.manual_seed(0)
+        pipe = tiny_pipelines.PIPELINES[name]()
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval()  # T5 has dropout
+        return pipe
+
+    def see(pipe):
+        generator = torch.Generator().manual_seed(1)
+        return torch.as_tensor(pipe("a c", num_inference_steps=1, guidance_scale=1.0, generator=generator,
+                                    output_type="latent").images)  # fmt: skip
+
+    pipe = fresh()
+    plain = see(pipe)
+    tuner = lora(pipe, "diffusers", within="transformer.*")
+    expected = see(pipe)
+    assert float((expected - plain).abs().max()) > 1e-2
+    formats.save(tuner, tmp_path / "a.safetensors", "diffusers")
+    theirs = fresh()
+    theirs.load_lora_weights(str(tmp_path / "a.safetensors"))
+    close(see(theirs), expected)
+    for kind in ("kohya", "lycoris", "comfyui"):
+        with pytest.raises(FormatError, match="transformer: sd-scripts names and cuts"):
+            formats.save(tuner, tmp_path / "b.safetensors", kind)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", [k for k in (*formats.FORMATS, *formats.VARIANTS) if k != "peft"])
+def test_an_embedding_goes_to_peft_alone(kind, pipe, tmp_path):
+    """Of `pipe.load_lora_weights` it stops the loading of all else."""
+    tuner = lora({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, "*.to_q text_encoder.*.token_embedding")
+    with pytest.raises(FormatError, match="token_embedding: an embedding"):
+        formats.save(tuner, tmp_path / "a.safetensors", kind)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 @pytest.mark.parametrize("alpha,header", [(4, True), (2, False)])
 def test_a_file_that_diffusers_wrote(alpha, header, pipe, tmp_path):
     """With its header an alpha counts, without it alpha is r."""
@@ -179,6 +243,42 @@ def test_krona_as_lokr_in_diffusers(tmp_path):
     back = formats.load(ours, tmp_path / "a.safetensors")
     close(tiny.see(ours, x), expected)
     assert back.method.key == "krona" and back.num_parameters == tuner.num_parameters
+
+
+def test_krona_of_a_pipeline_as_lokr_in_diffusers(pipe, tmp_path):
+    tuner, file = krona(pipe), tmp_path / "a.safetensors"
+    expected = draw(pipe)
+    formats.save(tuner, file, "diffusers-lokr")
+    theirs = fresh(tmp_path)
+    theirs.unet.load_lora_adapter(safetensors.torch.load_file(file), prefix="unet")
+    close(draw(theirs), expected)
+    ours, alone = fresh(tmp_path), fresh(tmp_path)
+    bare = formats.load(alone.unet, file)
+    assert formats.load(ours, file).method.key == bare.method.key == "krona"
+    close(draw(ours), expected)
+    close(draw(alone), expected)
+    formats.save(bare, file, "diffusers-lokr")
+    ours = fresh(tmp_path)
+    assert formats.load(ours, file).sites[0].path.startswith("unet.")
+    close(draw(ours), expected)
+    both = krona({"unet": tiny.unet(), "text_encoder": tiny.text()}, targets="query")
+    with pytest.raises(FormatError, match="is on text_encoder, unet, and load_lora_adapter is for one"):
+        formats.save(both, file, "diffusers-lokr")
+
+
+def test_krona_of_two_sizes_under_the_names_that_comfyui_has(pipe, tmp_path):
+    """ComfyUI takes lora_unet_<path of diffusers> and multiplies lokr_w1 and lokr_w2 of whatever shapes."""
+    tuner = krona(pipe, 2, 8)
+    formats.save(tuner, tmp_path / "a.safetensors", "comfyui")
+    found = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    tuner.merge()
+    for site in tuner.sites:
+        rest = site.path.removeprefix("unet.")
+        key = f"lora_unet_{rest.replace('.', '_')}"
+        delta = pipe.unet.get_submodule(rest).weight - tiny.unet().get_submodule(rest).weight
+        torch.testing.assert_close(torch.kron(found.pop(f"{key}.lokr_w1"), found.pop(f"{key}.lokr_w2")), delta)
+        assert found.pop(f"{key}.alpha") == 1.0
+    assert not found
 
 
 def test_krona_as_lokr_in_lycoris(tmp_path):
@@ -305,6 +405,35 @@ def test_folders_that_peft_wrote(fields, tmp_path):
     close(tiny.see(ours, x), tiny.see(theirs.base_model.model, x))
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_2"])
+def test_folders_of_peft_whose_factors_belong_to_another_base(init, tmp_path):
+    """PEFT takes them out of the base's weights when it loads; made into a plain LoRA by PEFT itself, they load."""
+    peft = pytest.importorskip("peft")
+    x = tiny.inputs("unet")
+    config = peft.LoraConfig(r=2, init_lora_weights=init, target_modules=["to_q"])
+    theirs = peft.get_peft_model(tiny.unet(), config)
+    theirs.save_pretrained(str(tmp_path / "start"))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.add_(torch.randn_like(p), alpha=0.1)
+    theirs.save_pretrained(str(tmp_path / "moved"))
+    ours = tiny.unet()
+    with pytest.raises(FormatError, match=f"init_lora_weights='{init}' took a part out of the base"):
+        formats.load(ours, tmp_path / "moved")
+    theirs.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    formats.load(ours, tmp_path / "plain")
+    close(tiny.see(ours, x), tiny.see(theirs.base_model.model, x))
+
+
+def test_a_folder_of_peft_that_fits_several_components(tmp_path):
+    parts = {"text_encoder": tiny.text(), "text_encoder_2": tiny.text()}
+    formats.save(lora(tiny.text(), "query"), tmp_path / "a", "peft")
+    with pytest.raises(FormatError, match="is in text_encoder.encoder.* and in text_encoder_2.encoder.*give the comp"):
+        formats.load(parts, tmp_path / "a")
+    formats.load(parts["text_encoder_2"], tmp_path / "a")
+
+
 @pytest.mark.parametrize("fields", [{"r": 2, "alpha": 3}, {"r": 64, "alpha": 16, "decompose_factor": 4}], ids=str)
 def test_lokr_folders_that_peft_wrote(fields, tmp_path):
     """PEFT scales by alpha / r also where both factors are whole."""
@@ -316,6 +445,14 @@ def test_lokr_folders_that_peft_wrote(fields, tmp_path):
     ours = tiny.unet()
     formats.load(ours, tmp_path / "a")
     close(tiny.see(ours, x), tiny.see(theirs.base_model.model, x))
+
+
+def test_a_lokr_of_convs_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoKrConfig(r=2, target_modules=["conv1"])
+    peft.get_peft_model(tiny.unet(), config).save_pretrained(str(tmp_path / "a"))
+    with pytest.raises(FormatError, match="conv1 is a LoKr of a conv with a kernel"):
+        formats.load(tiny.unet(), tmp_path / "a")
 
 
 def test_embeddings_in_peft(tmp_path):

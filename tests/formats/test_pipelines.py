@@ -116,6 +116,24 @@ def test_convert_on_the_command_line(to, pipe, tmp_path, capsys):
     assert float((draw(pipe) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
+def test_convert_of_what_is_told_by_the_weights(pipe, tmp_path, capsys):
+    """SVFit's file has singular values alone, whose vectors are those of the base."""
+    pipe.save_pretrained(tmp_path / "base")
+    tuner = shake(vp.attach(pipe, "svfit"))
+    expected = draw(pipe)
+    tuner.save(tmp_path / "cat.safetensors")
+    tuner.detach()
+    arguments = ["convert", str(tmp_path / "cat.safetensors"), str(tmp_path / "x.safetensors"), "--base"]
+    assert main([*arguments, str(tmp_path / "base")]) == 0
+    pipe.load_lora_weights(str(tmp_path / "x.safetensors"))
+    assert float((draw(pipe) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+    for weights in (tmp_path / "base" / "unet").glob("*.safetensors"):
+        weights.unlink()
+    (tmp_path / "x.safetensors").unlink()
+    assert main([*arguments, str(tmp_path / "base")]) == 2
+    assert "needs the weights of its base" in capsys.readouterr().err and not (tmp_path / "x.safetensors").exists()
+
+
 def test_what_cannot_be_converted_says_so(pipe, tmp_path, capsys):
     pipe.unet.save_pretrained(tmp_path / "base")
     vp.attach(pipe.unet, "difffit").save(tmp_path / "cat.safetensors")

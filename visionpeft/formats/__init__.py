@@ -4,7 +4,9 @@
 
 `diffusers`, `kohya`, `peft`, `lycoris` and `cloneofsimo` each have `save(tuner, path)` and `load(model, path, name)`.
 LoRA and all that is low rank goes everywhere; KronA goes to LyCORIS and PEFT as LoKr where they can read its shape,
-and elsewhere as the exact LoRA, whose growth is told. What a format cannot say is refused with the reason.
+and elsewhere as the exact LoRA, whose growth is told. `save(tuner, path, "diffusers-lokr")` and `"comfyui"` write LoKr
+for `load_lora_adapter` (a1 = a2) and for readers that take any shape. What a format cannot say is refused with the
+reason.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from visionpeft.errors import FormatError
 from visionpeft.tuner import Tuner
 
 FORMATS = ("diffusers", "kohya", "peft", "lycoris", "cloneofsimo")
+VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {  # LoKr for readers other than LyCORIS
+    "diffusers-lokr": ("lycoris", {"as_diffusers": True}),
+    "comfyui": ("lycoris", {"any_shape": True}),
+}
 
 
 def format_of(path: str | Path) -> str:
@@ -56,9 +62,10 @@ def _by_keys(path: Path, keys: list[str]) -> str:
 
 
 def module(name: str) -> ModuleType:
-    """The module of a format."""
+    """The module of a format, or of a variant."""
+    name, _ = VARIANTS.get(name, (name, {}))
     if name not in FORMATS:
-        raise FormatError(f"no format {name!r}; there are: visionpeft, {', '.join(FORMATS)}")
+        raise FormatError(f"no format {name!r}; there are: visionpeft, {', '.join((*FORMATS, *VARIANTS))}")
     return importlib.import_module(f"visionpeft.formats.{name}")
 
 
@@ -80,7 +87,8 @@ def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool =
 
 
 def save(tuner: Tuner, path: str | Path, format: str) -> None:
-    """Write an adapter for another tool, or for this library."""
+    """Write an adapter for another tool (one of FORMATS or VARIANTS), or for this library ("visionpeft")."""
     if format == "visionpeft":
         return tuner.save(path)
-    module(format).save(tuner, path)
+    _, options = VARIANTS.get(format, ("", {}))
+    module(format).save(tuner, path, **options)

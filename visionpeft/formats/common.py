@@ -53,11 +53,12 @@ Change = LowRank | Kron
 
 
 @torch.no_grad()
-def changes(tuner: Tuner, kron: bool = False) -> list[Change]:
+def changes(tuner: Tuner, kron: bool = False, tables: bool = False) -> list[Change]:
     """Every change of a weight that the adapter makes, one a module, in single precision; its scale is in it.
 
     Args:
         kron: leave Kronecker products as they are; otherwise they become exact LoRAs.
+        tables: take changes of embeddings too; otherwise they are refused.
 
     Raises:
         FormatError: something of the adapter is no change of a weight of low rank, or of tensors that learn in place.
@@ -72,6 +73,8 @@ def changes(tuner: Tuner, kron: bool = False) -> list[Change]:
         )
     found: dict[str, list[tuple[Site, Change]]] = {}
     for site, adapter in tuner.adapters.items():
+        if site.kind == "embed" and not tables:
+            raise FormatError(f"{site}: an embedding, whose LoRA no reader of this format takes; formats.peft has it")
         change = _change(site, adapter, tuner.scale)
         if isinstance(change, Kron) and (not kron or site.rows):
             change = exact_lora(change)
@@ -203,20 +206,35 @@ def by_module(tensors: Mapping[str, Tensor], suffixes: Sequence[str], path: str 
     return found
 
 
-def located(modules: Iterable[str], where: Mapping[str, str], path: str | Path) -> dict[str, str]:
+def by_rest(backbone: Backbone) -> dict[str, str | tuple[str, ...]]:
+    """Path inside a component -> path in the model, or all of them where several components have it."""
+    found: dict[str, list[str]] = {}
+    for own in names(backbone):
+        found.setdefault(backbone.split(own)[1], []).append(own)
+    return {rest: own[0] if len(own) == 1 else tuple(own) for rest, own in found.items()}
+
+
+def located(modules: Iterable[str], where: Mapping[str, str | tuple[str, ...]], path: str | Path) -> dict[str, str]:
     """Name in the file -> path in the model.
 
+    Args:
+        where: names in files -> path, or several paths where a name does not say which is meant.
+
     Raises:
-        FormatError: the model has no module of that name, with the first ones.
+        FormatError: the model has no module of that name, with the first ones; or several.
     """
     modules = list(modules)
+    if twice := [m for m in modules if isinstance(where.get(m), tuple)]:
+        raise FormatError(
+            f"{path}: {twice[0]} is in {' and in '.join(where[twice[0]])}: give the component that the file is for"
+        )
     if lost := [m for m in modules if m not in where]:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise FormatError(
             f"{path}: made for another model: {', '.join(lost[:3])}{more} (of {len(modules)} modules) are not here. If "
             "it is for several components, give the pipeline and not one of them"
         )
-    return {m: where[m] for m in modules}
+    return {m: str(where[m]) for m in modules}
 
 
 def low_rank(path: str, down: Tensor, up: Tensor, scale: float) -> LowRank:
@@ -277,5 +295,5 @@ def _check(site: Site, change: Change, path: str | Path) -> None:
         raise FormatError(f"{path}: {site} is {'x'.join(map(str, site.shape))} here, {'x'.join(map(str, shape))} there")
 
 
-__all__ = ["AdapterFileError", "Change", "Kron", "LowRank", "attach", "by_module", "changes", "component", "exact_lora",
-           "located", "low_rank", "names", "read", "tell_growth", "write"]  # fmt: skip
+__all__ = ["AdapterFileError", "Change", "Kron", "LowRank", "attach", "by_module", "by_rest", "changes", "component",
+           "exact_lora", "located", "low_rank", "names", "read", "tell_growth", "write"]  # fmt: skip

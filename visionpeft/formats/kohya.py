@@ -2,6 +2,7 @@
 
     lora_unet_<path>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha ()       dots in paths as underscores
     lora_te_<path> on SD 1 and 2, lora_te1_ and lora_te2_ on SDXL
+    lora_transformer_<path>     read only: some trainers write so for SD3 and Flux, sd-scripts does not
 
 Written with the scale in lora_up and one alpha for all modules (the most frequent rank), for diffusers takes one for
 all of attention whatever a module's own is. Names are those of diffusers' modules on SDXL too, where sd-scripts itself
@@ -29,6 +30,7 @@ from visionpeft.tuner import Tuner
 
 _SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
 _PREFIXES = {"unet": "lora_unet", "transformer": "lora_transformer", "text_encoder": "lora_te"}
+_TWO = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}
 _BASES = {  # sd-scripts' version and the architecture of the model specification
     "sd1": ("sd_v1", "stable-diffusion-v1/lora"),
     "sd2": ("sd_v2", "stable-diffusion-v2-512/lora"),
@@ -44,6 +46,7 @@ def save(tuner: Tuner, path: str | Path) -> None:
     """
     found = [c for c in common.changes(tuner) if isinstance(c, common.LowRank)]
     common.tell_growth(tuner, found)
+    refuse_transformers(tuner.backbone)
     names = flat_names(tuner.backbone)
     alpha = statistics.mode(change.rank for change in found)
     tensors: dict[str, Tensor] = {}
@@ -81,6 +84,20 @@ def _scale(parts: Mapping[str, Tensor], rank: int) -> float:
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
+def refuse_transformers(backbone: Backbone) -> None:
+    """Refuse to write for models whose modules sd-scripts calls by names, and cuts in pieces, of its own.
+
+    Raises:
+        FormatError: there is a DiT, SD3, Flux, ... among the components.
+    """
+    for name, root in backbone.roots.items():
+        if common.component(root) == "transformer":
+            raise FormatError(
+                f"{name or 'transformer'}: sd-scripts names and cuts the modules of transformers otherwise, so that "
+                "readers would not find these: write formats.diffusers, which ComfyUI reads as well"
+            )
+
+
 def flat_names(backbone: Backbone) -> dict[str, str]:
     """Path of a module -> its name in files.
 
@@ -91,8 +108,8 @@ def flat_names(backbone: Backbone) -> dict[str, str]:
     found = {}
     for own, (part, rest) in common.names(backbone).items():
         prefix = _PREFIXES.get(part)
-        if part.startswith("text_encoder") and two:
-            prefix = "lora_te2" if part == "text_encoder_2" else "lora_te1"
+        if two:
+            prefix = _TWO.get(part, prefix)
         if prefix is not None:
             found[own] = f"{prefix}_{rest.replace('.', '_')}"
     return _Names(found)

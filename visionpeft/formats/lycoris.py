@@ -32,14 +32,17 @@ def save(tuner: Tuner, path: str | Path, *, any_shape: bool = False, as_diffuser
 
     Args:
         any_shape: also write a1 != a2, for readers that do not ask for the shape.
-        as_diffusers: keys `<path>.lokr_w1` without alpha, for `unet.load_lora_adapter(..., prefix=None)`.
+        as_diffusers: keys `<path>.lokr_w1` without alpha, for `unet.load_lora_adapter(..., prefix=None)`; of a tuner
+            on a pipeline `unet.<path>.lokr_w1`, for `prefix="unet"`.
 
     Raises:
         FormatError: a1 != a2, which LyCORIS would read wrongly; or something that is no change of a weight.
     """
     found = common.changes(tuner, kron=True)
-    if as_diffusers and {tuner.backbone.split(c.path)[0] for c in found} != {""}:
-        raise FormatError("as_diffusers is for one module: attach to the UNet, and not to the pipeline")
+    if as_diffusers and len(parts := {tuner.backbone.split(c.path)[0] for c in found}) > 1:
+        raise FormatError(f"{tuner.name!r} is on {', '.join(sorted(parts))}, and load_lora_adapter is for one module")
+    if set(tuner.backbone.roots) != {""} and not as_diffusers:
+        kohya.refuse_transformers(tuner.backbone)
     names = _names(tuner.backbone, as_diffusers)
     tensors: dict[str, Tensor] = {}
     for change in found:
@@ -93,6 +96,7 @@ def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool =
     backbone = Backbone(model)
     where = {own: own for own in common.names(backbone)} | kohya.flat_paths(backbone)
     where |= {f"lycoris_{own.replace('.', '_')}": own for own in common.names(backbone)}
+    where |= {".".join(name): own for own, name in common.names(backbone).items()} | common.by_rest(backbone)
     located = common.located(found, where, path)
     return common.attach(model, [_change(own, found[m], path) for m, own in located.items()], name, path, probe)
 

@@ -39,13 +39,14 @@ def save(tuner: Tuner, path: str | Path) -> None:
     if len(roots) > 1:
         raise FormatError(f"a PEFT folder is for one module, and {tuner.name!r} is on {', '.join(sorted(roots))}")
     root = roots.pop()
-    square = all(c.w1.shape[0] == c.w1.shape[1] for c in common.changes(tuner, kron=True) if isinstance(c, Kron))
-    found = common.changes(tuner, kron=square)
+    whole = common.changes(tuner, kron=True, tables=True)
+    square = all(c.w1.shape[0] == c.w1.shape[1] for c in whole if isinstance(c, Kron))
+    found = whole if square else common.changes(tuner, tables=True)
     if not square:
         common.tell_growth(tuner, found)
     kinds = {type(change) for change in found}
     if len(kinds) > 1:
-        found = common.changes(tuner)
+        found = common.changes(tuner, tables=True)
     own = {tuner.backbone.split(change.path)[1]: change for change in found}
     modules = {rest: tuner.backbone.roots[root].get_submodule(rest) for rest in own}
     config = _lokr(own) if kinds == {Kron} else _lora(own)
@@ -102,7 +103,7 @@ def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool =
     tensors, _ = common.read(folder / _WEIGHTS)
     backbone = Backbone(model)
     plain = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
-    where = {backbone.split(own)[1]: own for own in common.names(backbone)}
+    where = common.by_rest(backbone)
     build = {"LORA": _low_rank, "LOKR": _kron}[config["peft_type"]]
     return common.attach(model, build(plain, config, where, folder), name, folder, probe)
 
@@ -123,12 +124,23 @@ def _refuse(config: Mapping[str, Any], path: Path) -> None:
     for field, why in wrong.items():
         if config.get(field):
             raise FormatError(f"{path}: {field}={config[field]!r}: {why}, which a LoRA here does not")
+    _refuse_moved(config, path)
     if config.get("bias", "none") != "none":
         raise FormatError(f"{path}: bias={config['bias']!r}: it brings biases of the model, which a LoRA here does not")
 
 
+def _refuse_moved(config: Mapping[str, Any], path: str | Path) -> None:
+    init = str(config.get("init_lora_weights")).lower()
+    if init.startswith(("pissa", "corda", "olora", "loftq", "lora_ga")):
+        raise FormatError(
+            f"{path}: init_lora_weights={init!r} took a part out of the base's weights, without which these factors "
+            "are wrong: save it in PEFT with path_initial_model_for_weight_conversion, or merge it there"
+        )
+
+
 def scaling(config: Mapping[str, Any], module: str, rank: int, path: str | Path) -> float:
     """alpha / r of one module as PEFT finds it, 1 without a config."""
+    _refuse_moved(config, path)
     if "lora_alpha" not in config and "alpha" not in config:
         return 1.0
     if config.get("use_dora"):
@@ -162,14 +174,16 @@ def _kron(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: Mappi
     found = common.by_module(tensors, suffixes, path)
     changes = []
     for module, own in common.located(found, where, path).items():
-        w1, w2 = (_factor(found[module], f"lokr_{w}") for w in ("w1", "w2"))
+        w1, w2 = (_factor(found[module], f"lokr_{w}", module, path) for w in ("w1", "w2"))
         rank = _pattern(config.get("rank_pattern"), module, config["r"])
         changes.append(Kron(own, w1, w2 * scaling(config, module, rank, path)))
     return changes
 
 
-def _factor(pair: Mapping[str, Tensor], name: str) -> Tensor:
+def _factor(pair: Mapping[str, Tensor], name: str, module: str, path: Path) -> Tensor:
     whole = pair[name] if name in pair else pair[f"{name}_a"] @ pair[f"{name}_b"]
+    if whole.dim() != 2:
+        raise FormatError(f"{path}: {module} is a LoKr of a conv with a kernel, which KronA does not adapt")
     return whole.float()
 
 
