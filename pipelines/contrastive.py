@@ -29,6 +29,7 @@ from visionpeft.clip.scores import retrieval_scores
 from visionpeft.clip.stepping import Loop, Steps, Watch, alone
 from visionpeft.clip.text import encode_tokens, tokenize
 from visionpeft.pipelines.methods import parse_method
+from visionpeft.report.clip import contrast_page
 from visionpeft.training import make_accelerator, runs
 
 
@@ -91,7 +92,7 @@ class Result:
 
 
 def run(config: Config, watch: Watch | None = None) -> Result:
-    """Tune, evaluate, and write config.json, result.json and adapter.safetensors.
+    """Tune, evaluate, and write config.json, result.json, report.html and adapter.safetensors.
 
     A killed run goes on from its checkpoint, a finished one only gives its result.
 
@@ -122,6 +123,7 @@ def run(config: Config, watch: Watch | None = None) -> Result:
     result.after = retrieve(clip, held)
     told = {"task": "clip", "job": "contrastive", "model": config.model, "checkpoint": config.checkpoint}
     tuner.save(folder / "adapter.safetensors", loss=config.loss, **told)
+    runs.write_text(folder / "report.html", contrast_page(result, config.method))
     runs.write_json(folder / "result.json", asdict(result))  # last, since it marks the run as finished
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result

@@ -38,6 +38,7 @@ from visionpeft.clip.stepping import Watch, alone
 from visionpeft.clip.templates import PHOTO
 from visionpeft.data.sets import Splits
 from visionpeft.pipelines.fitting import CLIP_LORA, HEADS, Fitted, Fitter
+from visionpeft.report.clip import few_shot_page
 from visionpeft.training import make_accelerator, runs
 
 __all__ = ["CLIP_LORA", "HEADS", "Config", "Result", "load", "run"]
@@ -121,7 +122,7 @@ class Result:
 
 
 def run(config: Config, watch: Watch | None = None, cache: FeatureCache | None = None) -> Result:
-    """Tune, evaluate, and write config.json, result.json and the adapter, or the head's tensors.
+    """Tune, evaluate, and write config.json, result.json, report.html and the adapter, or the head's tensors.
 
     A killed run goes on from its checkpoint, a finished one only gives its result.
 
@@ -194,5 +195,6 @@ def _write(config: Config, result: Result, fitted: Fitted, classes: Sequence[str
         with runs.replacing(folder / HEAD) as temporary:
             tensors = {k: v.contiguous() for k, v in fitted.tensors.items()}
             temporary.write_bytes(save(tensors, {HEADER: json.dumps(told | {"chosen": fitted.chosen})}))
+    runs.write_text(folder / "report.html", few_shot_page(result, config.shots))
     runs.write_json(folder / "result.json", asdict(result))  # last, since it marks the run as finished
     (folder / "checkpoint.pt").unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import visionpeft as vp
 from visionpeft.clip.errors import ClipError
-from visionpeft.clip.features import FeatureCache, image_features
+from visionpeft.clip.features import FeatureCache, image_features, may_cache
 from visionpeft.clip.heads import FACTOR, GDA, CLIPAdapter, LinearProbe, TipAdapter
 from visionpeft.clip.ivlp import IVLP, gaussian_weights
 from visionpeft.clip.losses import clipfit_loss, promptsrc_loss
@@ -176,11 +176,17 @@ class Fitter:
         return self._tune(tuner, self._sgd(train, 100), train, classes, frozen)
 
     def _class_features(self, classes: Sequence[str]) -> Callable[[], Tensor]:
-        """The unit-length features (C, d) of the first template's prompts as the text tower is now, with gradients."""
+        """The unit-length features (C, d) of the first template's prompts as the text tower is now, with gradients;
+        computed once where nothing moves them.
+        """
         model = self.clip.model
         ids = tokenize(self.clip.tokenizer, class_prompts(classes, self.templates[:1]), model.context_length)
         ids = ids.to(self.accelerator.device)
-        return lambda: F.normalize(encode_tokens(model, ids), dim=-1)
+        if not may_cache(model, "text"):
+            return lambda: F.normalize(encode_tokens(model, ids), dim=-1)
+        with torch.no_grad():
+            kept = F.normalize(encode_tokens(model, ids), dim=-1)
+        return lambda: kept
 
     def _tune(self, tuner: vp.Tuner, steps: Steps, train: ImageSet, classes: Sequence[str],
               frozen: Tensor | None = None) -> Fitted:  # fmt: skip

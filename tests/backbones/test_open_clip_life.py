@@ -230,6 +230,14 @@ def test_blocks_of_a_timm_trunk_take_what_they_take_in_timm_itself(method):
         assert (zoo.model.encode_image(zoo.image) - found).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name, tower", [("vit", "visual"), ("rn50", "visual"), ("siglip", "visual"),
+                                         ("siglip", "text"), ("coca", "text")])  # fmt: skip
+def test_a_tower_alone_is_probed_too(name, tower, recwarn):
+    lone = getattr(make(name).model, tower)
+    tuner = vp.attach(lone, vp.LoRA(rank=1, targets="linear"))
+    assert len(tuner.sites) > 3 and not [w for w in recwarn if "liveness" in str(w.message)]
+
+
 def test_unused_pooler_of_a_hugging_face_tower_is_a_dead_adapter():
     with pytest.raises(vp.DeadAdapterError, match="1 of .*text.transformer.pooler.dense"):
         vp.attach(make("roberta").model, vp.LoRA(rank=1, targets=ALL))

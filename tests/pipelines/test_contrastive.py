@@ -132,3 +132,5 @@ def test_the_command_prints_retrieval_before_and_after(folder, tmp_path, capsys)
     assert cli.main([*arguments, "--held-out", "0.34", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "text to image r@5" in shown and "difference" in shown
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>text to image r@5</td>" in page and "<svg" in page

@@ -24,6 +24,7 @@ from visionpeft.errors import DataError
 from visionpeft.pipelines import few_shot, fitting
 from visionpeft.pipelines.few_shot import CLIP_LORA, Config, load, run
 from visionpeft.pipelines.methods import parse_method
+from visionpeft.report.clip import thinned
 
 COLOURS = {"red": (220, 30, 30), "lime": (30, 220, 30), "blue": (30, 30, 220), "grey": (120, 120, 120),
            "pink": (240, 150, 180)}  # fmt: skip
@@ -210,6 +211,19 @@ def test_views_are_random_passes_over_all_images_drawn_by_the_seed(root):
     torch.testing.assert_close(first[0], one)
 
 
+@pytest.mark.parametrize("tower, expected", [("image", 1), ("text", 3)])
+def test_class_names_are_encoded_once_only_where_nothing_moves_them(root, tmp_path, tower, expected, monkeypatch):
+    settings = config(root, tmp_path, f"lora:rank=2,tower={tower}", iterations=3)
+    clip, calls = tiny_clip.clip(tiny().requires_grad_(False)), []
+    fitter = few_shot.Fitter(settings, clip, few_shot.make_accelerator())
+    splits = load_coop("eurosat", root, 4)
+    clip.model.ln_final.register_forward_hook(lambda *_: calls.append(1))
+    real = vp.attach
+    monkeypatch.setattr(vp, "attach", lambda *a, **k: real(*a, probe=False, **k))
+    fitter.fit(splits.train, splits.val, splits.classes)
+    assert len(calls) == expected
+
+
 def test_images_are_encoded_once_only_where_every_step_would_give_the_same(root, monkeypatch):
     """No augmentation, and no adapter in the image tower."""
     images = load_coop("eurosat", root, 2).train
@@ -253,6 +267,21 @@ def test_the_command_prints_what_was_gained_and_chosen(root, tmp_path, capsys):
     assert cli.main([*arguments, "--method", "gda", "--views", "2", "--base-to-new", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "difference" in shown and "harmonic mean" in shown and "'alpha'" in shown and "mean per class" in shown
+    result = json.loads((tmp_path / "result.json").read_text())
+    page = (tmp_path / "report.html").read_text()
+    for name in ("base", "new"):
+        before, after = result["before"][name]["top1"], result["after"][name]["top1"]
+        cells = (name, "top-1 %", f"{100 * before:.2f}", f"{100 * after:.2f}", f"{100 * (after - before):+.2f}")
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+    assert f"harmonic mean of base and new: {100 * result['harmonic']:.2f} %" in page and "top-5" not in page
+
+
+def test_the_page_shows_the_losses_and_needs_nothing_from_elsewhere(root, tmp_path):
+    run(config(root, tmp_path, iterations=3))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 1 and "update" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert thinned([1.0, 3.0, 5.0, 8.0, 9.0], points=3) == ([2, 4, 5], [2.0, 6.5, 9.0])
+    assert thinned([4.0, 2.0]) == ([1, 2], [4.0, 2.0])
 
 
 def test_the_script_makes_a_table_of_methods_over_seeds(root, tmp_path, capsys, monkeypatch):
@@ -275,3 +304,24 @@ def test_the_script_makes_a_table_of_methods_over_seeds(root, tmp_path, capsys, 
     mean, spread = sum(scores) / 2, abs(scores[0] - scores[1]) / 2**0.5
     assert lora.startswith(f"| clip_lora | {mean:.2f} ± {spread:.2f} | ") and "| gda | " in gda
     assert script.main([*arguments, "--methods", "nonsense"]) == 2
+
+
+def test_the_script_averages_over_seeds_before_the_harmonic_mean(root, tmp_path, capsys, monkeypatch):
+    import importlib
+    import sys
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    script = importlib.import_module("evaluate_few_shot")
+    sys.modules.pop("evaluate_few_shot")
+    assert script.main(["--methods", "clip_adapter", "--seeds", "1", "2", "--model", "tiny", "--data", "coop:eurosat",
+                        "--root", str(root), "--shots", "2", "--base-to-new", "--out", str(tmp_path)]) == 0
+    head, _, alone, row = capsys.readouterr().out.strip().splitlines()
+    assert head == "| method | base, % | new, % | harmonic mean | scalars | s |"
+    found = [json.loads((tmp_path / f"clip_adapter-2shots-seed{s}" / "result.json").read_text()) for s in (1, 2)]
+    assert all(f["harmonic"] is not None for f in found)
+    for line, which in ((alone, "before"), (row, "after")):
+        base, new = (50 * sum(f[which][half]["top1"] for f in found) for half in ("base", "new"))
+        cells = [cell.strip() for cell in line.split("|")]
+        assert cells[2].startswith(f"{base:.2f} ±") and cells[3].startswith(f"{new:.2f} ±")
+        assert cells[4] == f"{2 * base * new / (base + new) if base + new else 0:.2f}"

@@ -23,18 +23,29 @@ def _towers(root: nn.Module) -> dict[str, list[str]]:
 
 
 def _example(root: nn.Module) -> tuple[Any, ...] | None:
-    visual = getattr(root, "visual", None)
-    size, context = getattr(visual, "image_size", None), getattr(root, "context_length", None)
-    if size is None or context is None:
+    """For a whole model, or one tower of it alone."""
+    parts = (_image(getattr(root, "visual", root)), _text(root))
+    return None if hasattr(root, "visual") and None in parts else tuple(p for p in parts if p is not None) or None
+
+
+def _image(visual: nn.Module) -> torch.Tensor | None:
+    size = getattr(visual, "image_size", None)
+    if size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
-    weight = next(root.parameters())
-    image = torch.zeros(1, 3, height, width, device=weight.device, dtype=weight.dtype)
+    weight = next(visual.parameters())
+    return torch.zeros(1, 3, height, width, device=weight.device, dtype=weight.dtype)
+
+
+def _text(root: nn.Module) -> torch.Tensor | None:
+    context = getattr(root, "context_length", None)
+    if context is None or not (hasattr(root, "text") or hasattr(root, "token_embedding")):
+        return None  # CoCa's decoder has a context too, and takes features
     if hasattr(getattr(root, "text", None), "config"):  # transformers count some positions for padding
         context = min(context, 8)
-    text = torch.full((1, context), 2, device=weight.device)  # no padding, which some towers mask
+    text = torch.full((1, context), 2, device=next(root.parameters()).device)  # no padding, which some towers mask
     text[:, -1] = 3  # the end-of-text position, an argmax
-    return image, text
+    return text
 
 
 def _prefix_tokens(root: nn.Module) -> int | None:

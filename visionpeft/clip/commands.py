@@ -69,42 +69,27 @@ def _zero_shot(config: ZeroShot = _ZERO_SHOT) -> int:
 def _few_shot(config: FewShot = _FEW_SHOT) -> int:
     """Tune a CLIP model on a few images per class, by an adapter, learnt prompts or a head on its features."""
     from visionpeft.pipelines.few_shot import run
+    from visionpeft.report.clip import few_shot_notes, few_shot_rows, few_shot_title
     from visionpeft.report.console import _console, _table
-    from visionpeft.report.zero_shot import NAMES
 
     console = _console()
     result = _watched(run, config)
-    body = [
-        [name, NAMES[key], f"{100 * before:.2f}", f"{100 * after:.2f}", f"{100 * (after - before):+.2f}"]
-        for name, scores in result.before.items()
-        for key, before in scores.items()
-        if (after := result.after[name][key]) == after
-    ]
-    title = f"{result.data}, {config.shots} shots, {result.method}, {result.parameters:,} parameters"
-    console.print(_table(["set", "score", "before", "after", "difference"], body, title))
-    if result.harmonic is not None:
-        console.print(f"harmonic mean of base and new: {100 * result.harmonic:.2f} %")
-    if result.chosen:
-        console.print(f"chosen on validation images: {result.chosen}", markup=False)
-    console.print(f"all in {result.folder}", markup=False)
+    console.print(_table(*few_shot_rows(result), few_shot_title(result, config.shots)))
+    for line in (*few_shot_notes(result), f"report: {result.folder}/report.html"):
+        console.print(line, markup=False)
     return 0
 
 
 def _contrast(config: Contrast = _CONTRAST) -> int:
     """Tune a CLIP model on images with captions; retrieval on held-out images tells what was gained."""
     from visionpeft.pipelines.contrastive import run
+    from visionpeft.report.clip import contrast_rows, contrast_title
     from visionpeft.report.console import _console, _table
 
     console = _console()
     result = _watched(run, config)
-    body = [
-        [key.replace("_", " "), f"{100 * old:.2f}", f"{100 * new:.2f}", f"{100 * (new - old):+.2f}"]
-        for key, old in result.before.items()
-        for new in [result.after[key]]
-    ]
-    title = f"{result.held_out} held-out images, {config.method}, {result.parameters:,} parameters"
-    console.print(_table(["recall %", "before", "after", "difference"], body, title))
-    console.print(f"all in {result.folder}", markup=False)
+    console.print(_table(*contrast_rows(result), contrast_title(result, config.method)))
+    console.print(f"report: {result.folder}/report.html", markup=False)
     return 0
 
 
