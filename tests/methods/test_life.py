@@ -49,7 +49,7 @@ def test_training_mode_at_the_start_is_the_identity_too(case):
     if case.method in START:
         pytest.skip("starts elsewhere")
     x = zoo.inputs(case.backbone)
-    base = zoo.plain(case.backbone).requires_grad_(False).train(not vp.METHODS[case.method].freezes_statistics)
+    base = zoo.plain(case.backbone).requires_grad_(False).train(not zoo.METHODS[case.method].freezes_statistics)
     reference = zoo.see(base, x)
     model, _ = zoo.tune(case, shake=False)
     far = zoo.distance(zoo.run(model.train(), x).detach(), reference)
@@ -71,7 +71,7 @@ def test_every_tensor_learns_within_two_steps_and_nothing_else_moves(case):
     names = {name for name, p in model.named_parameters() if id(p) in learnt}
     assert {n for n in names - reached if not n.startswith(UNSEEN.get(case.method, " "))} == set()
     assert all(p.grad is None for p in model.parameters() if id(p) not in learnt)
-    if vp.METHODS[case.method].freezes_statistics:
+    if zoo.METHODS[case.method].freezes_statistics:
         now, own = model.state_dict(), (".block.mean", ".block.var")  # BatchNorms of IDPT and Point-PEFT's own
         assert [k for k, v in frozen.items() if not torch.equal(v, now[k]) and not k.endswith(own)] == []
 
@@ -169,7 +169,7 @@ def test_its_own_checkpoint_loads_strictly(case):
 
 @every
 def test_training_with_gradients_equals_eval_without(case):
-    if not vp.METHODS[case.method].freezes_statistics and case.backbone in (
+    if not zoo.METHODS[case.method].freezes_statistics and case.backbone in (
         "resnet", "efficientnet", "points"
     ) or case.method in ("idpt", "point_peft"):  # fmt: skip
         pytest.skip("BatchNorm is a different function in training")
@@ -186,7 +186,7 @@ def test_training_with_gradients_equals_eval_without(case):
 @every
 def test_dropout_acts_in_training_only(case):
     """Adapters take the mode of the model that they are put on; nobody has to call eval() again."""
-    if "dropout" not in {f.name for f in dataclasses.fields(vp.METHODS[case.method])}:
+    if "dropout" not in {f.name for f in dataclasses.fields(zoo.METHODS[case.method])}:
         pytest.skip("no dropout")
     if case.method == "lora" and case.backbone in ("efficientnet", "bit", "nfnet", "resnet"):
         pytest.skip("refused by name where only the weight can be adapted")

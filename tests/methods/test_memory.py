@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import zoo
@@ -159,7 +161,7 @@ CHECKPOINTED = ("vit", "dinov2", "eva02", "beit", "swinv2", "convnext", "resnet"
 def test_checkpointing_gives_the_same_gradients(case):
     x = zoo.inputs(case.backbone)
     model, tuner = zoo.tune(case)
-    model.train(vp.METHODS[case.method].freezes_statistics)
+    model.train(zoo.METHODS[case.method].freezes_statistics)
     expected = zoo.gradients(model, tuner, x)
     model.set_grad_checkpointing(True)
     found = zoo.gradients(model, tuner, x)
@@ -167,11 +169,11 @@ def test_checkpointing_gives_the_same_gradients(case):
     assert_close(found, expected, 1e-5)
 
 
-def wide_vit() -> nn.Module:
+def wide_vit(depth: int = 4) -> nn.Module:
     import timm
 
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=4,
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=depth, num_heads=4,
                              num_classes=5)  # fmt: skip
 
 
@@ -181,7 +183,7 @@ def alive(model: nn.Module) -> int:
     return live_bytes(lambda: model(x))
 
 
-@pytest.mark.parametrize("key", [key for key in vp.METHODS if key not in zoo.POINTS])
+@pytest.mark.parametrize("key", [key for key in zoo.METHODS if key not in zoo.POINTS])
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
 def test_bytes_alive_after_forward(key, checkpointed):
     """Checkpointed, only the blocks' inputs are alive, adapted or not. Without, low-rank adapters keep 5 % more."""
@@ -199,3 +201,26 @@ def test_bytes_alive_after_forward(key, checkpointed):
     stream = 8 * 65 * 96 * 4  # kept outside the blocks: by the head, and by an adapter of the patch embedding
     outside = stream * (1 + any(s.role == "patch_embed" for s in tuner.sites)) if checkpointed else 0
     assert alive(model) <= frozen * longer * 1.05 + own + outside
+
+
+_ENTRIES = {f"blocks.{i}.{m}": [0, 7, 900] for i in (0, 1) for m in ("attn.qkv:key", "attn.proj", "mlp.fc1", "mlp.fc2")}
+LEAN = {  # what runs beside a Linear -> whether it keeps anything
+    "shira": (vp.methods.SHiRA(targets="linear"), False),
+    "spt": (vp.methods.SPT(sparse=_ENTRIES), False),
+    "fact_tt": (vp.methods.FacTTT(rank=4), True),  # with dropout, which is the default: no low-rank part
+    "fact_tk": (vp.methods.FacTTK(rank=4), True),
+    "binary_lora": (vp.methods.BinaryLoRA(rank=8), True),
+    "parallel": (vp.methods.ParallelAdapter(hidden=16), True),
+}
+
+
+@pytest.mark.parametrize("key", LEAN)
+def test_adapters_keep_what_is_of_their_own_width_alone(key):
+    """None keeps its input, which several might share, nor SHiRA and SPT the matrix that they multiply with."""
+    (method, keeps), model = LEAN[key], wide_vit(depth=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = vp.attach(model, method).memory_report(torch.randn(8, 3, 64, 64))
+    kept = [entry.kept for entry in report if entry.site.kind != "tensor"]
+    assert report.adapted - report.frozen == sum(kept) and max(kept) < 8 * 65 * 96 * 4
+    assert keeps == (report.adapted > report.frozen)

@@ -96,6 +96,13 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "points": _points,
 }
 
+# What a budget buys: an adapter, single entries and whole vectors.
+ALLOCATION: dict[str, Any] = {
+    "method": vp.LoRA(rank=2), "structured": ("blocks.0.attn.qkv:query", "blocks.1.mlp.fc1"),
+    "sparse": {"blocks.0.attn.qkv:key": [0, 5, 77], "blocks.0.attn.proj": [3, 100, 575], "blocks.1.mlp.fc2": [8, 2303]},
+    "vectors": ("blocks.0.norm1.weight", "blocks.1.mlp.fc1.bias"),
+}  # fmt: skip
+
 # Methods for point clouds only.
 POINTS = ("pointgst", "idpt", "dapt", "ppt", "point_peft")
 
@@ -150,6 +157,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "rein": ("vit", "dinov2", "eva02", "swinv2", "convnext"),
     "noah": ("vit",),
     "linear_adapter": ("vit",),
+    "spt": ("vit",),
     "binary_adaptformer": ("vit",),
     "binary_lora": ("vit", "encoder"),
     "block_lora": ("vit", "clip"),
@@ -190,7 +198,7 @@ class Case(NamedTuple):
 def needs(method: str) -> tuple[set[str], ...]:
     if method in NEEDS:
         return NEEDS[method]
-    kinds = set(vp.METHODS[method].kinds)
+    kinds = set(METHODS[method].kinds)
     if "branch" in kinds:
         kinds |= {"attention", "mlp"}
     return (kinds,) if kinds else ()
@@ -200,7 +208,8 @@ def acts(method: str, backbone: str) -> bool:
     return all(need & OFFERS[backbone] for need in needs(method))
 
 
-ALL = [Case(method, backbone) for method in vp.METHODS for backbone in MAKERS]
+METHODS = vp.METHODS | vp.methods.ALLOCATED
+ALL = [Case(method, backbone) for method in METHODS for backbone in MAKERS]
 CASES = [case for case in ALL if acts(*case) and case.backbone in ONLY.get(case.method, MAKERS)]
 REFUSED = [case for case in ALL if not acts(*case)]
 
@@ -267,7 +276,8 @@ def loss(out: Tensor) -> Tensor:
 
 
 def method(key: str, **fields: Any) -> Any:
-    cls = vp.METHODS[key]
+    cls = METHODS[key]
+    fields = (ALLOCATION if key == "spt" else {}) | fields
     own = {f.name for f in dataclasses.fields(cls)}
     return cls(**{k: v for k, v in SMALL.items() if k in own} | OWN.get(key, {}) | fields)
 

@@ -110,3 +110,15 @@ def test_spt_spends_on_whole_blocks_there():
     plan = spt.allocate(model, scores, vp.methods.Rein(tokens=3, rank=2), budget=9000, alpha=20, taus=(500, 4000))
     assert set(plan.structured) & {"layers.0.blocks.0", "layers.1.blocks.0"}
     assert set(plan.structured) <= {str(s) for s in vp.attach(model, plan, train="head").adapters}
+
+
+@pytest.mark.parametrize("method", [vp.methods.FacTTT(rank=2), vp.methods.Rein(tokens=3, rank=2)], ids=lambda m: m.key)
+def test_spt_counts_only_the_factors_that_are_used(method):
+    """Each width of a hierarchy has its own: a stage that gets nothing costs nothing."""
+    model = made("swin")
+    scores = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for module in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):  # the first stage alone matters
+        scores[f"layers.0.blocks.0.{module}.weight"] += 1
+    total, plan = spt.Ranking(vp.sites.Backbone(model), scores, method, 6000).plan(6000, alpha=10, beta=5)
+    assert plan.structured and all(name.startswith("layers.0") for name in plan.structured)
+    assert vp.attach(model, plan, train="head").num_parameters == total

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionpeft import lowrank
 from visionpeft.adapter import Adapter, Forgiving, Method, factory
 from visionpeft.errors import SiteError
 from visionpeft.methods.roles import there
@@ -181,7 +182,8 @@ class BinaryPair(Packed):
         nn.init.trunc_normal_(self.up.weight, std=0.001, a=-0.002, b=0.002)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = F.dropout(self.act(F.linear(x, self.down().to(x.dtype))), self.dropout, self.training)
+        h = self.act(lowrank.linear(x, self.down().to(x.dtype), None, [], route=self.route))
+        h = F.dropout(h, self.dropout, self.training)
         return y + self.scale * F.linear(h, self.up().to(h.dtype)).to(y.dtype)
 
     def act(self, x: Tensor) -> Tensor:
@@ -215,7 +217,7 @@ class BinaryHead(Packed):
         nn.init.kaiming_uniform_(self.matrix.weight, a=math.sqrt(5))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.linear(x, self.matrix().to(x.dtype)).to(y.dtype)
+        return lowrank.linear(x, self.matrix().to(x.dtype), None, [], route=self.route).to(y.dtype)
 
     def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.matrix(), None if b is None else torch.zeros_like(b)

@@ -134,9 +134,11 @@ class BottleneckAdapter(Adapter):
     def bottleneck(self, u: Tensor) -> Tensor:
         """u (..., D) -> (..., D), in u's dtype."""
         dtype = u.dtype
-        h = self.method.act(F.linear(u, self.down_weight.to(dtype), self.down_bias.to(dtype)))
-        h = F.dropout(h, self.method.dropout, self.training)
+        h = F.dropout(self.method.act(self.down(u)), self.method.dropout, self.training)
         return F.linear(h, self.up_weight.to(dtype), self.up_bias.to(dtype)).to(dtype)
+
+    def down(self, u: Tensor) -> Tensor:
+        return F.linear(u, self.down_weight.to(u.dtype), self.down_bias.to(u.dtype))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.method.combine(self, x, y)

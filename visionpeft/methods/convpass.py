@@ -77,14 +77,15 @@ class Convpass(Method):
         return "its tokens are not batch first" if getattr(attention, "batch_first", True) is False else None
 
     def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
-        grids, every = {site: Grid() for site in sites if site.role == "patch_embed"}, backbone.sites()
-        found: dict[Site, Adapter] = {}
-        for site in (s for s in sites if s not in grids):
+        grids: dict[Site, Grid] = {}
+        found, every = dict[Site, Adapter](), backbone.sites()
+        for site in (s for s in sites if s.role != "patch_embed"):
             if (embedding := _embedding(site, every, backbone)) is None:
                 raise SiteError(f"Convpass at {site}: no patch embedding by a conv tells the grid of its tokens")
             drop_path = float(getattr(backbone.module(site.ends[1]), "drop_prob", None) or 0)
             found[site] = ConvpassAdapter(self, site.shape[0], drop_path, **factory(backbone.module(site.path)))
-            object.__setattr__(found[site], "grid", grids[embedding])  # registered at the patch embedding
+            grid = grids.setdefault(embedding, Grid())  # registered at the patch embedding
+            object.__setattr__(found[site], "grid", grid)
         return {**found, **grids}
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionpeft import lowrank
 from visionpeft.adapter import Adapter, Method, Shared, factory
 from visionpeft.methods.roles import there
 from visionpeft.sites import Backbone, Site
@@ -153,7 +154,9 @@ class Tiles(Adapter):
         return w + scale * (up @ a), b
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = F.linear(x.unflatten(-1, (self.wide, -1)), self.shared.u.to(x.dtype)).flatten(-2)
+        pieces = x if self.wide == 1 else x.unflatten(-1, (self.wide, -1))
+        h = lowrank.linear(pieces, self.shared.u.to(x.dtype), None, [], route=self.route)
+        h = h if self.wide == 1 else h.flatten(-2)
         h = F.dropout(F.linear(h, self.s().to(h.dtype)), self.dropout, self.training)
         delta = F.linear(h.unflatten(-1, (self.tall, -1)), self.shared.v.to(h.dtype)).flatten(-2)
         return y + self.scale * delta.to(y.dtype)

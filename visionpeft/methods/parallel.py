@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from visionpeft import lowrank
 from visionpeft.adapter import Adapter, factory
 from visionpeft.methods.bottleneck import AdaptFormer, BottleneckAdapter
 from visionpeft.sites import Site
@@ -35,6 +36,9 @@ class ParallelAdapter(AdaptFormer):
 
 
 class NormedAdapter(BottleneckAdapter):
-    """Is given the output of the branch's norm."""
+    """Is given the output of the branch's norm, which the frozen model does not keep."""
 
     normed = True
+
+    def down(self, u: Tensor) -> Tensor:
+        return lowrank.linear(u, self.down_weight.to(u.dtype), self.down_bias.to(u.dtype), [], route=self.route)

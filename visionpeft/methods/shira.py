@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionpeft import activation, binding
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.errors import MergeError, MethodError, SiteError
+from visionpeft.methods import sparse
 from visionpeft.methods.roles import attention_first
 from visionpeft.sites import Backbone, Site
 from visionpeft.tuner import Tuner
@@ -112,12 +112,8 @@ class SHiRAAdapter(Adapter):
         self.register_buffer("places", places)
         self.values = nn.Parameter(torch.zeros(len(places), **kw))
 
-    def matrix(self) -> Tensor:
-        """S (out, in)."""
-        return self.values.new_zeros(math.prod(self.shape)).scatter(0, self.places, self.values).view(self.shape)
-
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + F.linear(x.to(y.dtype), self.matrix().to(y.dtype))
+        return sparse.add(x, y, self.values, self.places, self.shape, self.route)
 
     def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w.flatten().scatter_add(0, self.places, self.values.to(w.dtype)).view(w.shape), b

@@ -8,15 +8,15 @@ matrix of which enough are selected, size / alpha, gets the adapter of that size
 others the selected entries themselves learn, as a sparse delta. A vector (norm weight, any bias) of which 1 / beta are
 selected learns whole, in place. The class token always learns. tau is the one whose total is nearest to the budget.
 
-`method` is any of the library. One that adapts Linears may have every matrix (query, key and value apart); one of
-branches or blocks is given those whose matrices together have enough selected. SPT-LoRA is LoRA(rank=8), SPT-Adapter
-is LinearAdapter(hidden=8), unstructured SPT is method=None. The positions of the sparse entries are in the adapter
-file. Merges if all that it consists of does.
+`method` is any of the library that has adapters. One that adapts Linears may have every matrix (query, key and value
+apart, but for prefix tuning); one of branches or blocks is given those whose matrices together have enough selected.
+What it would learn in place besides (DiffFit) is left to SPT's own choice of vectors. SPT-LoRA is LoRA(rank=8),
+SPT-Adapter is LinearAdapter(hidden=8), unstructured SPT is method=None. The positions of the sparse entries are in the
+adapter file. Merges if all that it consists of does.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from visionpeft import multihead
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.errors import MethodError, SiteError
+from visionpeft.methods import sparse
 from visionpeft.sites import Backbone, Site, inside
 
 ALWAYS = ("cls_token", "class_token", "class_embedding")
@@ -113,15 +114,11 @@ class SparseDelta(Adapter):
     def on_weight(self) -> bool:
         return True
 
-    def delta(self) -> Tensor:
-        flat = self.values.new_zeros(math.prod(self.shape))
-        return flat.index_put((self.index.long(),), self.values).view(self.shape)
-
     def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return w + self.delta().view_as(w), b
+        return w + sparse.matrix(self.values, self.index, self.shape).view_as(w), b
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + F.linear(x, self.delta().to(x.dtype)).to(y.dtype)
+        return sparse.add(x, y, self.values, self.index, self.shape, self.route)
 
 
 # ---- sensitivity ----------------------------------------------------------------------------------------------------
@@ -208,10 +205,9 @@ class Ranking:
         self.total = sum(sizes)
         self.starts = torch.tensor([0, *sizes]).cumsum(0)
         self.order = torch.cat(rows).cpu().topk(min(most, self.total)).indices
-        self.cover: Cover = {}
-        self.common = 0
+        self.units: list[Unit] = []
         if method is not None:
-            self.cover, self.common = _cover(method, backbone, [m.site for m in self.matrices])
+            self.units = _units(method, backbone, [m.site for m in self.matrices])
         always = [m._parameters[n] for _, m, n in backbone.named_tensors() if n in ALWAYS]
         self.always = sum(p.numel() for p in always if p is not None)
 
@@ -221,22 +217,24 @@ class Ranking:
         place = torch.bucketize(chosen, self.starts, right=True) - 1
         count = torch.bincount(place, minlength=len(self.starts) - 1).tolist()
         selected = {m.site: n for m, n in zip(self.matrices, count, strict=False)}
-        structured = [s for s, (size, of) in self.cover.items() if sum(selected[m] for m in of) * alpha >= size]
-        taken = {m for s in structured for m in self.cover[s][1]}
-        sparse = {}
+        units = [unit for unit in self.units if sum(selected[m] for m in unit.of) * alpha >= unit.size]
+        taken = {m for unit in units for m in unit.of}
+        entries = {}
         for i, matrix in enumerate(self.matrices):
             if count[i] and matrix.site not in taken:
-                sparse[str(matrix.site)] = (chosen[place == i] - self.starts[i]).sort().values
+                entries[str(matrix.site)] = (chosen[place == i] - self.starts[i]).sort().values
         vectors = [
             name
             for (name, score), n in zip(self.vectors.items(), count[len(self.matrices) :], strict=True)
             if n and n * beta >= score.numel()
         ]
-        learnt = sum(self.cover[s][0] for s in structured) + sum(map(len, sparse.values())) + self.always
-        learnt += sum(self.vectors[name].numel() for name in vectors) + (self.common if structured else 0)
-        if not (structured or sparse or vectors):
+        shared = {factors: size for unit in units for factors, size in unit.shared.items()}
+        learnt = sum(unit.size for unit in units) + sum(shared.values()) + sum(map(len, entries.values())) + self.always
+        learnt += sum(self.vectors[name].numel() for name in vectors)
+        if not (units or entries or vectors):
             raise MethodError(f"nothing is selected with tau={tau}")
-        return learnt, SPT(method=self.method, structured=[str(s) for s in structured], sparse=sparse, vectors=vectors)
+        structured = [str(site) for unit in units for site in unit.sites]
+        return learnt, SPT(method=self.method, structured=structured, sparse=entries, vectors=vectors)
 
 
 def _join(path: str, name: str) -> str:
@@ -277,26 +275,59 @@ def _scores_of(site: Site, backbone: Backbone, scores: Mapping[str, Tensor]) -> 
     return whole[slice(*site.rows)] if site.rows else whole
 
 
-Cover = dict[Site, tuple[int, list[Site]]]
+@dataclass(frozen=True)
+class Unit:
+    """Sites that get their adapters together or not at all.
+
+    Attributes:
+        size: numbers in these adapters.
+        of: the matrices that speak for them.
+        shared: factors that they use with others, and how many numbers these have.
+    """
+
+    sites: list[Site]
+    size: int
+    of: list[Site]
+    shared: dict[Site, int]
 
 
-def _cover(method: Method, backbone: Backbone, matrices: list[Site]) -> tuple[Cover, int]:
-    """Every site where the method may act: the size of its adapter there, and the matrices that speak for it; and the
-    size of what all of them share."""
-    anywhere = method.targets is None and "linear" in method.kinds
-    sites = [m for m in matrices if m.kind in method.kinds] if anywhere else method.choose(backbone)
-    sites = [s for s in sites if method.refuses(s, backbone.module(s.path)) is None]
-    if not sites:
-        raise MethodError(f"{type(method).__name__} can act nowhere in this model")
-    found: Cover = {}
-    common = 0
-    for site, adapter in method.adapters(sites, backbone).items():
-        size = sum(p.numel() for p in adapter.parameters())
-        if site.kind == "shared":
-            common += size
-        elif of := [m for m in matrices if _speaks(m, site, backbone)]:
-            found[site] = (size, of)
-    return found, common
+def _units(method: Method, backbone: Backbone, matrices: list[Site]) -> list[Unit]:
+    """Every place where the method may act; one that adapts Linears by themselves may do so at any of them."""
+    anywhere = method.targets is None and "linear" in method.kinds and method.key not in ("noah", "prefix")
+    sites = _accepted(method, backbone, matrices if anywhere else method.choose(backbone))
+    if anywhere:  # RepAdapter takes no rows of a Linear, but the whole of it
+        parted = {m.path for m in matrices} - {s.path for s in sites}
+        sites += _accepted(method, backbone, [s for s in backbone.sites() if not s.part and s.path in parted])
+    adapters = method.adapters(sites, backbone) if sites else {}
+    factors = {id(adapter): site for site, adapter in adapters.items() if site.kind == "shared"}
+    found = []
+    for group in _groups(method, [s for s in sites if s in adapters]):
+        own = [adapters[site] for site in group]
+        used = {factors[id(a.shared)] for a in own if hasattr(a, "shared")}
+        of = [m for m in matrices if any(_speaks(m, site, backbone) for site in group)]
+        if of:
+            found.append(Unit(group, sum(map(_size, own)), of, {site: _size(adapters[site]) for site in used}))
+    if not found:
+        raise MethodError(f"{type(method).__name__} can act nowhere in this model, or has no adapters to allocate")
+    return found
+
+
+def _accepted(method: Method, backbone: Backbone, sites: list[Site]) -> list[Site]:
+    return [s for s in sites if method.refuses(s, backbone.module(s.path)) is None]
+
+
+def _size(adapter: Adapter) -> int:
+    return sum(p.numel() for p in adapter.parameters())
+
+
+def _groups(method: Method, sites: list[Site]) -> list[list[Site]]:
+    """Sites that make no sense without one another."""
+    if method.key == "vpt" and not getattr(method, "deep", True):  # put in before the first, taken out behind the last
+        return [sites]
+    groups: dict[Any, list[Site]] = {}
+    for site in sites:  # keys without values are no prefix
+        groups.setdefault(site.path.rpartition(".")[0] if method.key == "prefix" else site, []).append(site)
+    return list(groups.values())
 
 
 def _speaks(matrix: Site, site: Site, backbone: Backbone) -> bool:
