@@ -89,7 +89,10 @@ class Cell(BaseCell):
     measure: ClassVar[str] = "mIoU"
 
     def load(self) -> data.Splits:
-        return load_splits(self.config)
+        splits = load_splits(self.config)
+        for spec in self.config.shift:  # what is wrong with them is told before training
+            self._other(spec, splits.classes)
+        return splits
 
     def build(self) -> tuple[nn.Module, data.Preprocessing]:
         config = self.config
@@ -139,13 +142,13 @@ class Cell(BaseCell):
         chosen = np.linspace(0, len(test) - 1, min(SAMPLES, len(test))).astype(int).tolist()
         scores, kept = self._score(self.splits, "test", keep=chosen)
         _put_scores(result, scores, self.splits)
-        for spec in self.config.shift:
-            other = self._other(spec)
-            result.metrics[f"{_short(spec)}_mIoU"] = self._score(other, "test")[0]["mIoU"]
+        for spec, name in zip(self.config.shift, _domains(self.config.shift), strict=True):
+            other = self._other(spec, self.splits.classes)
+            result.metrics[f"{name}_mIoU"] = self._score(other, "test")[0]["mIoU"]
         samples = [Sample(*test[index], predicted.numpy()) for index, predicted in sorted(kept.items())]
         return masks_shown(result, samples)
 
-    def _other(self, spec: str) -> data.Splits:
+    def _other(self, spec: str, classes: list[str]) -> data.Splits:
         """Data of another domain.
 
         Raises:
@@ -154,9 +157,9 @@ class Cell(BaseCell):
         config = self.config
         said = (config.mask_values, config.ignore_index) if spec.startswith("folder") else ((), None)
         other = _splits(spec, config.root, *said)
-        if other.classes != self.splits.classes:
+        if other.classes != classes:
             raise DataError(f"--shift {spec}: its classes are {', '.join(other.classes)}, but the model learns "
-                            f"{', '.join(self.splits.classes)}")
+                            f"{', '.join(classes)}")
         return other
 
     def metadata(self) -> dict[str, Any]:
@@ -165,8 +168,15 @@ class Cell(BaseCell):
                 "overlap": config.overlap}
 
 
-def _short(spec: str) -> str:
-    return spec.partition("?")[0].rstrip("/").rpartition("/")[2]
+OWN = ("test_mIoU", "best_test_epoch_mIoU")
+"""Scores on the data that a cell was trained for."""
+
+
+def _domains(specs: Sequence[str]) -> list[str]:
+    """Short names of other data, whole specs where two would be alike or one would be taken for the test set."""
+    short = [spec.partition("?")[0].rstrip("/").rpartition("/")[2] for spec in specs]
+    return [spec if short.count(name) > 1 or f"{name}_mIoU" in OWN else name
+            for spec, name in zip(specs, short, strict=True)]
 
 
 def _put_scores(result: Result, scores: dict[str, Any], splits: data.Splits) -> None:
@@ -191,8 +201,7 @@ def _raw(config: Config, result: Result) -> list[str]:
 
 def _shifts(results: Sequence[Result]) -> tuple[str, list[list[str]]]:
     """mIoU of each method on the data it was trained for and on others, mean over seeds."""
-    others = list(dict.fromkeys(key for r in results for key in r.metrics if key.endswith("_mIoU")
-                                and not key.startswith(("test_", "best_"))))
+    others = list(dict.fromkeys(key for r in results for key in r.metrics if key.endswith("_mIoU") and key not in OWN))
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.data, result.method), []).append(result)

@@ -130,6 +130,14 @@ def test_binary_masks_need_their_values(tmp_path: Path) -> None:
     assert load_segmentation(f"folder:{tmp_path}", mask_values=(0, 255)).classes == ["ground", "thing"]
 
 
+@pytest.mark.parametrize("values, options", [([0, 255], {"ignore_index": 255}), ([0, 0], {})])
+def test_one_class_is_nothing_to_learn(tmp_path: Path, values: list[int], options: dict[str, Any]) -> None:
+    for i in range(5):
+        pair(tmp_path, "images", "masks", f"{i}", np.array([values, values], np.uint8))
+    with pytest.raises(DataError, match="masks hold 'class 0' and nothing else that counts.*--ignore-index"):
+        load_segmentation(f"folder:{tmp_path}", **options)
+
+
 def test_colour_masks_need_their_colours(tmp_path: Path) -> None:
     colours = np.array([[[10, 0, 0], [0, 20, 0]], [[0, 0, 0], [10, 0, 0]]], np.uint8)
     for i in range(5):

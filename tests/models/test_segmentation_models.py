@@ -97,8 +97,13 @@ def test_no_decoder_has_batch_statistics() -> None:
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, decoder", [("test_vit", d) for d in DECODERS] + [("test_convnext", "upernet")])
-@pytest.mark.parametrize("method", ["lora", "ssf", "full", "linear"])
+ELSEWHERE = ("textual_inversion", "pointgst", "idpt", "dapt", "ppt", "point_peft")
+SOME = [(name, decoder, method) for method in ("lora", "ssf", "full", "linear")
+        for name, decoder in (*(("test_vit", d) for d in DECODERS[1:]), ("test_convnext", "upernet"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, decoder, method",
+                         [*(("test_vit", "linear", key) for key in vp.METHODS if key not in ELSEWHERE), *SOME])
 def test_head_is_the_decoder_and_every_adapter_acts(name: str, decoder: str, method: str) -> None:
     """Attaching probes for dead adapters; afterwards adapters and the whole decoder get gradients."""
     model = make(name, decoder)

@@ -20,7 +20,18 @@ from visionpeft.data.segmentation import load_segmentation
 from visionpeft.errors import DataError
 from visionpeft.pipelines import running
 from visionpeft.pipelines.deploy import loading_line, merged_model, restore
-from visionpeft.pipelines.segmentation import Cell, Config, Settings, Sweep, load_splits, plan_for, run, sweep
+from visionpeft.pipelines.segmentation import (
+    JOB,
+    Cell,
+    Config,
+    Settings,
+    Sweep,
+    _domains,
+    load_splits,
+    plan_for,
+    run,
+    sweep,
+)
 from visionpeft.report.segmentation import overlay, palette
 from visionpeft.training import make_accelerator
 
@@ -151,7 +162,20 @@ def test_other_classes_are_no_other_domain(make: Any, tmp_path: Path) -> None:
         for i in range(10):
             Image.new("L", (40, 40), i % 2).save(tmp_path / folder / f"{i}.png")
     with pytest.raises(DataError, match="its classes are class 0, class 1, but the model learns ground"):
-        run(make(shift=(f"folder:{tmp_path}",), epochs=1))
+        run(make(shift=(f"folder:{tmp_path}",), epochs=1), lambda *given: pytest.fail("it trained before"))
+
+
+def test_other_domains_keep_their_names_apart() -> None:
+    specs = ("folder:a/night?test=3", "bundled-shift", "folder:b/night/", "folder:c/test", "voc:test_rain")
+    assert _domains(specs) == ["folder:a/night?test=3", "bundled-shift", "folder:b/night/", "folder:c/test",
+                               "voc:test_rain"]
+    assert _domains(("folder:a/night?test=3", "folder:c/fog")) == ["night", "fog"]
+
+
+def test_a_domain_may_be_called_like_a_score() -> None:
+    scores = {"test_mIoU": 0.5, "best_test_epoch_mIoU": 0.6, "test_rain_mIoU": 0.25}
+    _, rows = JOB.summary([running.Result("d", "m", "lora", 0, metrics=scores)])
+    assert rows == [["method", "mIoU %", "on test_rain %"], ["lora", "50.00", "25.00"]]
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
@@ -216,7 +240,9 @@ def test_predict_writes_masks_and_overlays(make: Any, tmp_path: Path, windows: i
     vp.load(cell.model, config.folder / "adapter.safetensors", name="trained")
     kept = cell._score(cell.splits, "test", keep=(0, 1))[1]
     for index, name in enumerate(("a.png", "deeper/b.png")):
-        found = np.asarray(Image.open(out / "masks" / name))
+        written = Image.open(out / "masks" / name)
+        found = np.asarray(written)
+        assert np.array_equal(np.asarray(written.convert("RGB")), palette()[found])
         assert np.array_equal(found, kept[index].numpy())
         shown = overlay(test[index][0], found)
         assert np.array_equal(np.asarray(Image.open(out / "overlays" / name)), np.asarray(shown))

@@ -79,6 +79,9 @@ def load_folder(root: Path, mask_values: Sequence[int] = (), ignore_index: int |
     root = existing(root, "folder of images and masks")
     pairs = {part: _pairs(*folders) for part, folders in _part_folders(root).items()}
     form = _format(root, pairs["train"][1], tuple(mask_values), ignore_index)
+    if len(form.classes) < 2:
+        raise DataError(f"{root}: its masks hold {form.classes[0]!r} and nothing else that counts, so that there is "
+                        "nothing to learn; look at --ignore-index, --mask-values and classes.txt")
     parts = {part: masked_set(PairFiles(*both, form)) for part, both in pairs.items()}
     return complete(root.name, list(form.classes), parts["train"], parts.get("val"), parts.get("test"), seed=seed)
 
