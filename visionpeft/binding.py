@@ -118,6 +118,7 @@ class Holder(nn.Module):
         adapters = [a for a in self.now or () if a.kind in (kinds or _MODULES)]
         if adapters and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             refuse_reentrant()
+            fetch(adapters)
         if _fired is not None:
             _fired.update(map(id, adapters))
         return adapters
@@ -128,6 +129,17 @@ class Holder(nn.Module):
         for key in [k for k in out if k.startswith(prefix) and k[len(prefix) :].split(".")[0] in self.hidden]:
             del out[key]
         return out
+
+
+def fetch(adapters: Iterable[Adapter]) -> None:
+    """Have accelerate bring back tensors of adapters that it offloads module by module.
+
+    It does so before a module's forward, and here tensors are read where no forward of theirs is called. They stay,
+    being small. Without gradients only, since what it brings are other objects than the optimiser has.
+    """
+    for adapter in adapters:
+        if (hook := adapter.__dict__.get("_hf_hook")) is not None and any(p.is_meta for p in adapter.parameters()):
+            hook.pre_forward(adapter)
 
 
 def refuse_reentrant() -> None:
@@ -240,7 +252,15 @@ def changed(module: nn.Module) -> bool:
 
 
 def shadowed(module: nn.Module, mixins: Iterable[type[Mixin]]) -> bool:
-    """Whether the instance carries a `forward` of its own, and the mixins bring one that it would shadow."""
+    """Whether the instance carries a `forward` of its own, and the mixins bring one that it would shadow.
+
+    One that is the class's own goes: accelerate leaves it behind when its hooks are removed.
+    """
+    own = module.__dict__.get("forward")
+    ours = [vars(cls).get("forward") for cls in type(module).__mro__ if issubclass(cls, Mixin)]
+    plain = (base_class(module).forward, *ours)
+    if getattr(own, "__self__", None) is module and getattr(own, "__func__", None) in plain:
+        del module.__dict__["forward"]
     return "forward" in module.__dict__ and any("forward" in vars(mixin) for mixin in mixins)
 
 

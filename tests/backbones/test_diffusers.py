@@ -189,6 +189,45 @@ def test_an_offload_hook_on_the_root_wraps_the_adapted_model():
     assert torch.equal(tiny.see(again.model, x), expected)
 
 
+@pytest.mark.parametrize("method", [vp.LoRA(rank=2), vp.KronA(a1=4, a2=4), vp.DiffFit(), vp.SSF(), vp.methods.SVFit(),
+                                    vp.methods.SHiRA(rank=2)], ids=lambda m: m.key)  # fmt: skip
+def test_offloading_module_by_module(method):
+    """As `pipe.enable_sequential_cpu_offload` does: weights lie elsewhere until their module is called."""
+    accelerate = pytest.importorskip("accelerate")
+    model, x = tiny.unet(), tiny.inputs("unet")
+    plain = tiny.see(model, x)
+    tuner = shake(vp.attach(model, method, probe=False))
+    expected = tiny.see(model, x)
+    assert not close(expected, plain, 1e-3)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert all(p.is_meta for p in model.parameters())
+    assert torch.equal(tiny.see(model, x), expected) and torch.equal(tiny.see(model, x), expected)
+    if method.key != "difffit":  # what learns in place would be brought back
+        with tuner.disabled():
+            assert torch.equal(tiny.see(model, x), plain)
+    with pytest.raises(VisionPEFTError, match="remove that wrapper"):
+        tuner.merge()
+    assert torch.equal(tiny.see(model, x), expected)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    tuner.detach()
+    assert torch.equal(tiny.see(model, x), plain)
+
+
+def test_what_is_offloaded_module_by_module_is_refused_by_name():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny.unet()
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(VisionPEFTError, match="to_q: a Linear carries an instance-level `forward`.*attach, then wrap"):
+        vp.attach(model, vp.LoRA(rank=2))
+    accelerate.hooks.remove_hook_from_submodules(model)  # leaves each class's own forward on the instance
+    assert "forward" in model.conv_in.__dict__
+    plain = tiny.see(model, tiny.inputs("unet"))
+    tuner = lora(model)
+    assert not close(tiny.see(model, tiny.inputs("unet")), plain, 1e-3)
+    tuner.detach()
+    assert torch.equal(tiny.see(model, tiny.inputs("unet")), plain)
+
+
 # ---- presets and pipelines ------------------------------------------------------------------------------------------
 
 
