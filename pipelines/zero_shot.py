@@ -198,6 +198,7 @@ def _with_adapter(file: str, points: int, evaluator: Evaluator, result: Result, 
     tuner.detach()
 
 
+@torch.no_grad()
 def curve(tuner: vp.Tuner, evaluator: Evaluator, points: int, known: dict[float, dict[str, dict[str, float]]],
           watch: Watch | None = None) -> list[dict[str, Any]]:  # fmt: skip
     """Accuracy of every set at `points` scales from 0 to 1; the adapter's scale is as before afterwards.

@@ -138,7 +138,7 @@ def test_attention_pool_equals_the_functions_that_it_replaces():
         close(zoo.model.encode_image(zoo.image), adapted)
 
 
-@pytest.mark.parametrize("name", ["vit", "rn50", "coca"])
+@pytest.mark.parametrize("name", ["vit", "rn50", "coca", "siglip", "eva01", "eva02"])
 def test_dropout_is_drawn_apart_for_query_key_and_value(name):
     zoo = make(name)
     roles = ("query", "key", "value")

@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import tiny_clip
 import torch
+from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import save_file
 from tiny_clip import tokenizer
@@ -26,12 +27,35 @@ def tiny(kind: str = "flat", **text):
     return tiny_clip.tiny(text={"layers": 2, **text}, cls=cls, embed=24, dtype=torch.float64)
 
 
+def coca():
+    vision = {**tiny_clip.VISION, "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 3}
+    text = {**tiny_clip.TEXT, "layers": 2, "width": 24, "embed_cls": True, "output_tokens": True}
+    decoder = {**tiny_clip.TEXT, "width": 24, "vocab_size": 49408}
+    torch.manual_seed(4)
+    return CoCa(24, decoder, text, {**vision, "output_tokens": True}).double().eval()
+
+
+def hugging_face():
+    from open_clip.hf_model import HFTextEncoder
+    from transformers import RobertaConfig
+
+    config = RobertaConfig(vocab_size=49408, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                           intermediate_size=32, max_position_embeddings=40, pad_token_id=0)  # fmt: skip
+    model = tiny("custom")
+    torch.manual_seed(4)
+    model.text = HFTextEncoder("local", 24, config=config, pooler_type="mean_pooler", proj_type="linear",
+                               pretrained=False)  # fmt: skip
+    return model.double().eval()
+
+
 KINDS = {
     "flat": lambda: tiny(),
     "custom": lambda: tiny("custom"),
     "no mask": lambda: tiny("custom", no_causal_mask=True, pool_type="last"),
     "eos": lambda: tiny("custom", pool_type="eos", eos_id=49407),
     "linear": lambda: tiny("custom", proj_bias=True),
+    "coca": coca,
+    "hugging face": hugging_face,
 }
 
 
@@ -44,7 +68,7 @@ def test_weights_are_those_of_open_clips_own_builder(kind, templates):
     oracle = open_clip.build_zero_shot_classifier(model, tokenizer, names, read_templates(templates))
     torch.testing.assert_close(found, oracle, rtol=0, atol=1e-13)
     assert found.shape == (24, 5)
-    assert is_causal(model) == (kind != "no mask")
+    assert is_causal(model) == (kind not in ("no mask", "coca", "hugging face"))
 
 
 def test_open_clips_names_of_imagenet_are_taken_though_two_occur_twice():
@@ -96,6 +120,7 @@ def test_template_sets_and_both_forms_of_place(tmp_path):
     ]  # fmt: skip
     (tmp_path / "list.json").write_text(json.dumps(["{c}, {{really}}"]))
     assert class_prompts(["cat"], read_templates(str(tmp_path / "list.json"))) == ["cat, {{really}}"]
+    assert class_prompts(["set {}", "map {c}"], ["a {c}."]) == ["a set {}.", "a map {c}."]
     assert len(read_templates("openai")) == 80 and len(read_templates("simple")) == 7
     assert class_prompts(["forest"], read_templates("coop:eurosat")) == ["a centered satellite photo of forest."]
 

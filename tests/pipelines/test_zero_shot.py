@@ -177,6 +177,20 @@ def test_models_go_where_accelerate_has_its_device(folder, monkeypatch):
     assert seen == [torch.device("meta")]
 
 
+def test_a_curve_over_what_learns_in_place_warns_of_nothing(folder, recwarn):
+    """Nobody learns there, so it need not be said of every tensor that a blend does not."""
+    model = tiny()
+    tuner = vp.attach(model, vp.methods.LNTuning())
+    with torch.no_grad():
+        for p in tuner.parameters():
+            p.normal_()
+    tuner.save(folder / "a.safetensors")
+    result = run(Config("tiny", data=(spec(folder),), adapter=str(folder / "a.safetensors"), points=3, templates="{}",
+                        out=str(folder / "out")))  # fmt: skip
+    assert len(result.curve) == 3 and not result.notes
+    assert not [str(w.message) for w in recwarn if "learns" in str(w.message)]
+
+
 def test_tuning_first_gives_the_adapter_that_is_compared(folder, monkeypatch):
     from visionpeft.pipelines import few_shot
 

@@ -64,7 +64,7 @@ def fill(template: Template, name: str) -> str:
     name = name.replace("_", " ")
     if callable(template):
         return template(name)
-    return template.replace("{c}", name).replace("{}", name)
+    return template.replace("{c}" if "{c}" in template else "{}", name)
 
 
 def _coop(name: str) -> Template:
