@@ -89,8 +89,9 @@ class Cell(BaseCell):
     measure: ClassVar[str] = "mIoU"
 
     def load(self) -> data.Splits:
-        splits = load_splits(self.config)
-        for spec in self.config.shift:  # what is wrong with them is told before training
+        splits, config = load_splits(self.config), self.config
+        Windows(config.windows or None, config.overlap)  # what is wrong here and there is told before training
+        for spec in config.shift:
             self._other(spec, splits.classes)
         return splits
 

@@ -12,7 +12,9 @@ import zoo
 import visionpeft as vp
 
 VIT64 = ("vit", torch.float64)
-MERGING = ("lora", "fact_tt", "fact_tk", "repadapter", "hydra", "binary_lora", "krona", "orthogonal", "svfit", "shira")
+MERGING = ("lora", "block_lora", "fact_tt", "fact_tk", "repadapter", "hydra", "binary_lora", "krona", "orthogonal",
+           "svfit", "shira")  # fmt: skip
+IN_PLACE = ("bitfit", "ln_tuning", "difffit", "spt")
 
 
 def put(model: torch.nn.Module, keys: tuple[str, ...]) -> list[vp.Tuner]:
@@ -49,6 +51,25 @@ def test_ssf_with_what_merges(key, first):
     for tuner in tuners:
         tuner.detach()
     assert torch.equal(zoo.see(model, x), zoo.base(*VIT64))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["after ssf", "before ssf"])
+@pytest.mark.parametrize("key", IN_PLACE)
+def test_ssf_does_not_merge_into_what_another_learns(key, first):
+    """Both act; but a tensor that an adapter of the other's file is must not be written to: said by name."""
+    model, x = zoo.plain(*VIT64), zoo.inputs(*VIT64)
+    tuners = put(model, ("ssf", key) if first else (key, "ssf"))
+    y = zoo.see(model, x)
+    for tuner in tuners:
+        with tuner.disabled():
+            assert zoo.distance(zoo.see(model, x), y) > 1e-3
+    if not first:
+        tuners[0].merge()
+    before = zoo.snapshot(model)
+    with pytest.raises(vp.errors.MergeError, match=f"'{key}''s own trainable copy"):
+        vp.tuners(model)["ssf"].merge()
+    zoo.assert_same(before, zoo.snapshot(model))
+    assert zoo.distance(zoo.see(model, x), y) < 1e-12
 
 
 @pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])

@@ -165,6 +165,12 @@ def test_other_classes_are_no_other_domain(make: Any, tmp_path: Path) -> None:
         run(make(shift=(f"folder:{tmp_path}",), epochs=1), lambda *given: pytest.fail("it trained before"))
 
 
+@pytest.mark.parametrize("changes, told", [({"windows": -8}, "windows of -8"), ({"overlap": 1.0}, "overlap=1.0")])
+def test_windows_that_make_no_sense_are_told_before_training(make: Any, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        run(make(**changes), lambda *given: pytest.fail("it trained before"))
+
+
 def test_other_domains_keep_their_names_apart() -> None:
     specs = ("folder:a/night?test=3", "bundled-shift", "folder:b/night/", "folder:c/test", "voc:test_rain")
     assert _domains(specs) == ["folder:a/night?test=3", "bundled-shift", "folder:b/night/", "folder:c/test",

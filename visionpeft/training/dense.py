@@ -66,6 +66,8 @@ class Windows:
     """Windows, or whole images, at a time."""
 
     def __post_init__(self) -> None:
+        if self.side is not None and self.side < 1:
+            raise DataError(f"windows of {self.side} pixels: give a side of 1 or more, or 0 for whole images")
         if not 0 <= self.overlap < 1:
             raise DataError(f"overlap={self.overlap}: windows overlap by 0 to less than 1 of their side")
 
