@@ -12,7 +12,16 @@ from PIL import Image
 
 from visionpeft.data import Preprocessing
 from visionpeft.data.mask_transforms import AUGMENTATIONS, together
-from visionpeft.data.masks import IGNORE, MaskedSet, MaskFormat, PairArrays, masked_set, pixel_counts, read_mask
+from visionpeft.data.masks import (
+    IGNORE,
+    MaskedSet,
+    MaskFormat,
+    PairArrays,
+    PairFiles,
+    masked_set,
+    pixel_counts,
+    read_mask,
+)
 from visionpeft.data.segmentation import CITYSCAPES, VOC, load_segmentation
 from visionpeft.data.weights import class_weights, weights_of_counts
 from visionpeft.errors import DataError
@@ -147,6 +156,39 @@ def test_colour_masks_need_their_colours(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("red thing 10 0 0\ngreen 0 20 0\nvoid(ignore) 0 0 0\n")
     splits = load_segmentation(f"folder:{tmp_path}")
     assert splits.classes == ["red thing", "green"] and splits.train[0][1].tolist() == [[0, 1], [IGNORE, 0]]
+
+
+def test_colours_decide_where_they_are_given(tmp_path: Path) -> None:
+    """The numbers of a palette picture, or a grey one, need not be those of the lines in classes.txt."""
+    mask = np.array([[2, 0], [1, 2]], np.uint8)
+    for i in range(5):
+        pair(tmp_path, "images", "masks", f"{i}", mask)
+        image = Image.fromarray(mask)
+        image.putpalette([0, 0, 0, 10, 0, 0, 0, 20, 0])
+        image.save(tmp_path / "masks" / f"{i}.png")
+    write(tmp_path / "masks" / "4.png", np.array([[0, 0], [0, 0]], np.uint8))
+    (tmp_path / "classes.txt").write_text("green 0 20 0\nblack 0 0 0\nred 10 0 0\n")
+    splits = load_segmentation(f"folder:{tmp_path}")
+    every = {Path(part.path(i)).name: part[i][1].tolist() for part in (splits.train_val, splits.test)
+             for i in range(len(part))}  # fmt: skip
+    assert every == {f"{i}.png": [[0, 1], [2, 0]] for i in range(4)} | {"4.png": [[1, 1], [1, 1]]}
+    write(tmp_path / "masks" / "4.png", np.array([[0, 1], [0, 0]], np.uint8))
+    with pytest.raises(DataError, match=r"colour \(1, 1, 1\) is not in classes.txt; masks of class numbers need"):
+        PairFiles([str(tmp_path / "images" / "4.png")], [str(tmp_path / "masks" / "4.png")],
+                  splits.train.source.format).mask(0)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_part_without_masks_is_not_passed_over(camvid: Path, part: str) -> None:
+    (camvid / f"{part}annot").rename(camvid / f"{part}-masks")
+    with pytest.raises(DataError, match=rf"{part}: no folder of masks beside it \({part}annot, ...\): add it"):
+        load_segmentation(f"folder:{camvid}")
+
+
+def test_images_and_masks_need_a_train_part(tmp_path: Path) -> None:
+    pair(tmp_path, "images/val", "masks/val", "1", np.array([[0, 1]], np.uint8))
+    with pytest.raises(DataError, match="images: found val/ but no train/"):
+        load_segmentation(f"folder:{tmp_path}")
 
 
 def test_voc_layout(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class MaskFormat:
         classes: names, at most 255.
         values: the number that stands for each class; None means 0, 1, 2, ...
         ignore: numbers that mean no class.
-        colours: for masks that are colour pictures, the colour of each class.
+        colours: for masks that are colour pictures, the colour of each class; palette pictures then go by colour too.
         ignored_colours: colours that mean no class.
     """
 
@@ -89,12 +89,15 @@ class MaskFormat:
         table |= {c: i for i, c in enumerate(self.colours)}
         found = [table.get(tuple(map(int, colour))) for colour in flat]
         if None in found:
-            raise DataError(f"{where}: colour {tuple(flat[found.index(None)].tolist())} is not in classes.txt")
+            raise DataError(f"{where}: colour {tuple(flat[found.index(None)].tolist())} is not in classes.txt; masks "
+                            "of class numbers need one without colours")
         return np.array(found, np.uint8)[place.reshape(pixels.shape[:2])]
 
 
-def read_mask(source: str | os.PathLike[str] | bytes, where: str | None = None) -> np.ndarray:
+def read_mask(source: str | os.PathLike[str] | bytes, where: str | None = None, colours: bool = False) -> np.ndarray:
     """The numbers uint8 or uint16 [H, W] in a mask file (palette pictures: the index), or its colours uint8 [H, W, 3].
+
+    `colours` asks for these whatever the file is.
 
     Raises:
         DataError: the file is missing, truncated, or not an image.
@@ -104,7 +107,7 @@ def read_mask(source: str | os.PathLike[str] | bytes, where: str | None = None) 
     try:
         with image_module.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
-            if image.mode in ("RGB", "RGBA", "CMYK"):
+            if colours or image.mode in ("RGB", "RGBA", "CMYK"):
                 return np.asarray(image.convert("RGB"))
             pixels = np.asarray(image.convert("L") if image.mode in ("1", "LA") else image)
     except FileNotFoundError as error:
@@ -140,7 +143,8 @@ class PairFiles:
         return read_image(self.images[index], exif=False)
 
     def mask(self, index: int) -> np.ndarray:
-        return self.format.decode(read_mask(self.masks[index]), self.masks[index])
+        pixels = read_mask(self.masks[index], colours=self.format.colours is not None)
+        return self.format.decode(pixels, self.masks[index])
 
     def path(self, index: int) -> str:
         return self.images[index]

@@ -92,6 +92,8 @@ def _part_folders(root: Path) -> dict[str, tuple[Path, Path]]:
     if both[0] and both[1]:
         images, masks = both[0], both[1]
         found = {part: (images / n, masks / n) for part, names in PARTS.items() for n in names if (images / n).is_dir()}
+        if found and "train" not in found:
+            raise DataError(f"{images}: found {', '.join(p.name for p, _ in found.values())}/ but no train/")
         return found or {"train": (images, masks)}
     found = {}
     for part, names in PARTS.items():
@@ -99,6 +101,9 @@ def _part_folders(root: Path) -> dict[str, tuple[Path, Path]]:
         annotated = folder and _first(root, [folder.name + suffix for suffix in SUFFIXES])
         if folder and annotated:
             found[part] = (folder, annotated)
+        elif folder and part != "train":
+            raise DataError(f"{folder}: no folder of masks beside it ({folder.name}annot, ...): add it, or take these "
+                            "images away to have some of train held out instead")
     if "train" not in found:
         raise DataError(f"{root}: found neither train/ with trainannot/ nor images/ with masks/; see "
                         "visionpeft.data.segmentation for the layouts")
