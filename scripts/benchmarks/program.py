@@ -70,6 +70,7 @@ def program(doc: str | None, cases: Mapping[str, Case], markdown: Callable[[dict
     for name in given.only:
         new = cases[name](given.quick, 2 if given.quick else given.rounds, given.device)
         found["rows"] = [r for r in found["rows"] if r["case"] != name] + new
+        found["rows"].sort(key=lambda r: list(cases).index(r["case"]))
         if not given.quick:
             given.out.write_text(markdown(found), encoding="utf-8")
             given.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
