@@ -114,6 +114,8 @@ def run(config: Config, watch: Watch | None = None) -> Result:
         raise ClipError("nothing to evaluate: give data or captions")
     if config.tune is not None:
         config = replace(config, tune=None, adapter=_tuned(config, watch))
+    if config.adapter is not None:
+        _check_adapter(config.adapter)
     clip = on_device(build(config.model, config.checkpoint))
     evaluator = Evaluator(clip, sets, pairs, templates, FeatureCache(config.cache), config.batch_size)
     result = Result(config.model, len(templates), evaluator.sizes(), folder=config.out)
@@ -127,6 +129,16 @@ def run(config: Config, watch: Watch | None = None) -> Result:
     runs.write_json(folder / "result.json", asdict(result))
     runs.write_text(folder / "report.html", report(result))
     return result
+
+
+def _check_adapter(file: str) -> None:
+    """Refuse what is no adapter before anything is computed."""
+    from visionpeft.pipelines.few_shot import HEAD
+
+    if Path(file).name == HEAD:
+        raise ClipError(f"{file} holds a head or prompts, no adapter: the scores before and after are in result.json "
+                        "beside it, and `visionpeft predict` uses it")  # fmt: skip
+    vp.state.read_header(file)
 
 
 def on_device(clip: Clip) -> Clip:

@@ -69,6 +69,11 @@ def test_the_size_of_pieces_changes_nothing_but_rounding(folder, tmp_path, loss)
         torch.testing.assert_close(second[key], value, rtol=1e-2, atol=2e-3)
 
 
+def test_bf16_gives_the_losses_of_fp32_to_its_precision(folder, tmp_path):
+    found = [run(config(folder, tmp_path / p, precision=p)).losses for p in ("fp32", "bf16")]
+    assert found[0] != found[1] and found[1] == pytest.approx(found[0], rel=0.03)
+
+
 def test_tuning_lowers_the_loss_and_the_file_brings_the_model_back(folder, tmp_path):
     result = run(config(folder, tmp_path, epochs=15, augment=None))
     assert sum(result.losses[-3:]) < 0.9 * sum(result.losses[:3])

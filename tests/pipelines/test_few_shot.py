@@ -20,6 +20,7 @@ from visionpeft.clip import ClipError
 from visionpeft.clip.data import base_and_new, harmonic, load_coop, load_images, read_split
 from visionpeft.clip.scores import classification_scores
 from visionpeft.clip.tuning import Steps, encoder, views
+from visionpeft.data.preprocessing import Preprocessing
 from visionpeft.errors import DataError
 from visionpeft.pipelines import few_shot, fitting
 from visionpeft.pipelines.few_shot import CLIP_LORA, Config, load, run
@@ -183,6 +184,29 @@ def test_recipes_are_those_of_the_papers(root, tmp_path, method, changes, expect
     assert images == (12 if changes else 20) and steps.augment == "resized_crop"
     found = (steps.count, steps.batch, steps.lr, steps.weight_decay, steps.optimizer, steps.min_lr, steps.warmup)
     assert found == expected and result.parameters == parameters
+
+
+@pytest.mark.parametrize("method", ["clip_lora", "clipfit", "ssf", "adaptformer", "coop", "ivlp", "promptsrc"])
+def test_bf16_learns_what_fp32_learns_to_its_precision(root, tmp_path, method):
+    found = [run(config(root, tmp_path / p, method, iterations=6, precision=p)).losses for p in ("fp32", "bf16")]
+    assert found[0] != found[1] and found[1] == pytest.approx(found[0], rel=0.03)
+
+
+@pytest.mark.parametrize("method", ["clip_lora", "lora:rank=2,targets=conv linear", "clipfit", "coop", "tip_f"])
+def test_what_is_frozen_in_a_resnet_stays_to_the_bit(root, tmp_path, method):
+    """Statistics of BatchNorms too, though the model is in train."""
+    model = tiny_clip.tiny(dict(layers=(1, 1, 1, 1), width=8, head_width=8, image_size=64))
+    clip = tiny_clip.clip(model.requires_grad_(False))._replace(
+        preprocessing=Preprocessing((0.5,) * 3, (0.5,) * 3, (64, 64)))  # fmt: skip
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    splits = load_coop("eurosat", root, 2)
+    fitter = few_shot.Fitter(config(root, tmp_path, method, iterations=2), clip, few_shot.make_accelerator())
+    fitted = fitter.fit(splits.train, splits.val, splits.classes)
+    if fitted.tuner is not None:
+        assert any(p.any() for name, p in fitted.tensors.items() if name.endswith(".b")) or method == "clipfit"
+        fitted.tuner.detach()
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_preset_is_clip_loras():

@@ -191,6 +191,16 @@ def test_a_curve_over_what_learns_in_place_warns_of_nothing(folder, recwarn):
     assert not [str(w.message) for w in recwarn if "learns" in str(w.message)]
 
 
+@pytest.mark.parametrize("file, error, message", [
+    ("head.safetensors", ClipError, "holds a head or prompts, no adapter: .*`visionpeft predict`"),
+    ("none.safetensors", AdapterFileError, "none.safetensors: no readable safetensors file"),
+])  # fmt: skip
+def test_what_is_no_adapter_is_refused_before_anything_is_computed(folder, file, error, message, monkeypatch):
+    monkeypatch.setattr(zero_shot, "build", None)
+    with pytest.raises(error, match=message):
+        run(Config("tiny", data=(spec(folder),), adapter=str(folder / file), out=str(folder / "out")))
+
+
 def test_tuning_first_gives_the_adapter_that_is_compared(folder, monkeypatch):
     from visionpeft.pipelines import few_shot
 
