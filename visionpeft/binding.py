@@ -51,6 +51,7 @@ class Holder(nn.Module):
         aside: originals of tensors that learn in place (by name) or are merged (name of the adapter, dot, name). No
             buffers: DDP would send them, torch.export would want them, and `.to` would make other objects of them.
         hidden: names whose tensors are left out of the state dict (merged ones).
+        written: `shira.switch` has put an adapter into the weight.
         route: how all here computes: "rebuild" or "keep" the input in the fused function, or "plain" torch.
         tap: input of the residual branch that begins here, taps: all that this block must clear.
         thawed: a BatchNorm's statistics may learn, since an adapter that acts wants them to.
@@ -67,6 +68,7 @@ class Holder(nn.Module):
         self.levers: tuple[str, ...] = ()
         self.hidden: tuple[str, ...] = ()
         self.route = "rebuild"
+        self.written = False
         self.tap: Tap | None = None
         self.taps: tuple[Tap, ...] = ()
         self.saved: dict[str, Any] = {}

@@ -152,6 +152,30 @@ def test_switching_is_exact_both_ways():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["unet", "sd3", "flux"])
+def test_switching_and_fused_projections(name):
+    """A fused copy of the weights would not hear of what is written into them, nor of its taking out."""
+    model, x = tiny.MODELS[name](), tiny.inputs(name)
+    plain = tiny.see(model, x)
+    tuner = vp.attach(model, M.SHiRA(rank=2), probe=False)
+    for p in tuner.parameters():
+        nn.init.normal_(p)
+    expected = tiny.see(model, x)
+    model.fuse_qkv_projections()
+    with pytest.raises(MergeError, match="to_q is fused with its neighbours.*unfuse_qkv_projections to switch"):
+        shira.switch(None, tuner)
+    torch.testing.assert_close(tiny.see(model, x), expected, rtol=1e-4, atol=1e-4)
+    model.unfuse_qkv_projections()
+    shira.switch(None, tuner)
+    torch.testing.assert_close(tiny.see(model, x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(vp.VisionPEFTError, match="shira.switch has written to to_.: take that out to fuse"):
+        model.fuse_qkv_projections()
+    shira.switch(tuner, None)
+    model.fuse_qkv_projections()
+    tuner.detach()
+    torch.testing.assert_close(tiny.see(model, x), plain, rtol=1e-4, atol=1e-4)
+
+
 # ---- counts ---------------------------------------------------------------------------------------------------------
 
 ATTENTION = "query key value attn_out"
@@ -162,6 +186,7 @@ COUNTS = {
     "svfit 768": ("sd15", M.SVFit(), 128, 75_264),
     "svfit all": ("sd15", M.SVFit(rank=1280), 128, 93_696),
     "svfit sdxl": ("sdxl", M.SVFit(), 560, 419_840),
+    "svfit sdxl all": ("sdxl", M.SVFit(rank=1280), 560, 665_600),
     "shira": ("sd15", M.SHiRA(rank=4), 128, 797_184),
 }
 

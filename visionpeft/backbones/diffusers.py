@@ -52,7 +52,10 @@ class Joined(Mixin):
             VisionPEFTError: weights are merged or learn in place: the fused copy would keep them after detaching.
         """
         for name in _SPLIT & set(self._modules):  # type: ignore[attr-defined]
-            if (held := holder(self._modules[name])) is not None and held.aside:  # type: ignore[attr-defined]
+            held = holder(self._modules[name])  # type: ignore[attr-defined]
+            if held is not None and held.written:
+                raise VisionPEFTError(f"shira.switch has written to {name}: take that out to fuse")
+            if held is not None and held.aside:
                 raise VisionPEFTError(
                     f"{name} is merged or learns in place: unmerge, or activate(model, {{}}), to fuse"
                 )
@@ -73,6 +76,13 @@ class Joined(Mixin):
     to_qkv = property(lambda self: self._joined("to_qkv"))
     to_kv = property(lambda self: self._joined("to_kv"))
     to_added_qkv = property(lambda self: self._joined("to_added_qkv"))
+
+
+def reads_copy(owner: Any) -> bool:
+    """Whether an attention computes with the fused copy of its projections: UNets keep it, unread, when they unfuse."""
+    if not getattr(owner, "fused_projections", False):
+        return False
+    return hasattr(owner, "unfuse_projections") or type(owner.processor).__name__.startswith("Fused")
 
 
 def _fused(parent: nn.Module, name: str) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from visionpeft import activation, binding
 from visionpeft.adapter import Adapter, Method, factory
+from visionpeft.backbones.diffusers import reads_copy
 from visionpeft.errors import MergeError, MethodError, SiteError
 from visionpeft.methods import sparse
 from visionpeft.methods.roles import attention_first
@@ -132,13 +133,15 @@ def switch(take: Tuner | None, put: Tuner | None) -> None:
     Places differ from one another, so that they are copied by `index_copy_`, seven times faster here than indexing.
 
     Raises:
-        MergeError: `take` is not in, or `put` is in or merged.
+        MergeError: `take` is not in, or `put` is in or merged; or diffusers' projections are fused, in a copy that
+            would not change.
     """
     if put is not None:
         _check(put)
     if take is not None:
         for flat, places, before in _pop(take):
             flat.index_copy_(0, places, before)
+        _mark(take, False)
     if put is None:
         return
     if put.active:
@@ -149,8 +152,9 @@ def switch(take: Tuner | None, put: Tuner | None) -> None:
         weight: Tensor = put.backbone.module(site.path).weight  # type: ignore[assignment]
         flat, places = weight.data.view(-1), adapter.places
         before = flat.index_select(0, places)
-        flat.index_copy_(0, places, (before + put.scale * adapter.values).to(flat.dtype))
+        flat.index_copy_(0, places, torch.add(before, adapter.values, alpha=put.scale).to(flat.dtype))
         put.written.append((flat, places, before))
+    _mark(put, True)
 
 
 def _check(put: Tuner) -> None:
@@ -159,6 +163,17 @@ def _check(put: Tuner) -> None:
     for site, adapter in put.adapters.items():
         if not isinstance(adapter, SHiRAAdapter) or site.host or site.rows:
             raise MergeError(f"{site}: switching is for SHiRA on whole Linears")
+        owner = site.path.rpartition(".")[0]
+        if owner and reads_copy(put.backbone.module(owner)):
+            raise MergeError(f"{site} is fused with its neighbours in a copy: unfuse_qkv_projections to switch")
+
+
+def _mark(tuner: Tuner, written: bool) -> None:
+    """Say at the modules whether something is written into them, so that nobody copies it."""
+    for site in tuner.adapters:
+        held = binding.holder(tuner.backbone.module(site.path))
+        assert held is not None
+        held.written = written
 
 
 def _pop(tuner: Tuner) -> list[tuple[Tensor, Tensor, Tensor]]:
