@@ -44,7 +44,7 @@ class Config:
     model: str = "nano_clip"
     """nano_clip, or a model of open_clip, also local-dir:PATH or hf-hub:NAME with its weights."""
     checkpoint: str | None = None
-    """Weights: a local file, or one of open_clip's tags."""
+    """Weights: a local file, one of open_clip's tags, or random; models without any are refused."""
     method: str = "lora:rank=8,targets=query key value attn_out mlp_in mlp_out"
     """An adapter with its settings; tower=image or tower=text narrows it."""
     train: str | None = None

@@ -54,7 +54,7 @@ class Config:
     model: str = "nano_clip"
     """nano_clip, or a model of open_clip, also local-dir:PATH or hf-hub:NAME with its weights."""
     checkpoint: str | None = None
-    """Weights: a local file, or one of open_clip's tags."""
+    """Weights: a local file, one of open_clip's tags, or random; models without any are refused."""
     data: str = "bundled"
     """coop:SET for CoOp's layout, or as in `visionpeft classify`."""
     root: str | None = None

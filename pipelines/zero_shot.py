@@ -42,7 +42,7 @@ class Config:
     model: str = "nano_clip"
     """nano_clip, or a model of open_clip, also local-dir:PATH or hf-hub:NAME with its weights."""
     checkpoint: str | None = None
-    """Weights: a local file, or one of open_clip's tags."""
+    """Weights: a local file, one of open_clip's tags, or random; models without any are refused."""
     data: tuple[str, ...] = ("bundled",)
     """Sets to classify: folder-all:PATH for a folder of class folders, or as in `visionpeft classify`. The first is the
     one that the adapter was tuned on; the others show what it forgot."""

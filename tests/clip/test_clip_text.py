@@ -222,9 +222,19 @@ def test_a_folder_of_open_clips_has_configuration_weights_and_preprocessing(tmp_
         models.build("local-dir:nowhere")
 
 
+def test_a_model_without_weights_is_refused(tmp_path):
+    """It would be evaluated, and tuned, as it was drawn."""
+    with pytest.raises(ClipError, match=r"RN50 needs weights, .*one of its tags: openai, .*'random' if that is meant"):
+        models.build("RN50")
+    config = {"embed_dim": 12, "vision_cfg": tiny_clip.VISION, "text_cfg": tiny_clip.TEXT}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    with pytest.raises(ClipError, match="local-dir:.* with weights None cannot be made"):
+        models.build(f"local-dir:{tmp_path}")
+
+
 def test_a_built_model_knows_its_preprocessing_and_tokenizer():
     logging.disable(logging.WARNING)
-    clip = models.build("RN50")
+    clip = models.build("RN50", "random")
     logging.disable(logging.NOTSET)
     assert clip.preprocessing.size == (224, 224) and clip.preprocessing.resize == "short_side_crop"
     assert clip.tokenizer(["a"]).shape == (1, 77)

@@ -248,6 +248,8 @@ def test_a_root_goes_to_the_sets_that_lie_below_one(folder):
     from visionpeft.pipelines import few_shot
 
     assert len(few_shot.load(few_shot.Config(data="digits?train=100&test=20", root=str(folder), shots=1)).test) == 20
+    for kind, files in (("folder-all", 24), ("folder", len(load_images(f"folder:{folder / 'images'}").images))):
+        assert len(load_images(f"{kind}:images", root=str(folder)).images) == files
     with pytest.raises(DataError, match="needs root="):
         load_images("torchvision:CIFAR10")
 

@@ -62,7 +62,7 @@ def load_images(spec: str, root: str | None = None, classes: str | None = None) 
     """
     kind, _, path = spec.partition(":")
     if kind == "folder-all":
-        folder = existing(path, "image folder")
+        folder = existing(Path(root or "", Path(path).expanduser()), "image folder")
         names = class_folders(folder)
         found = Labelled(spec, names, read_part(folder, names))
     elif kind == "coop":

@@ -14,6 +14,7 @@ from visionpeft.clip.errors import ClipError
 from visionpeft.data.preprocessing import Preprocessing, preprocessing
 from visionpeft.errors import require
 
+RANDOM = "random"  # the checkpoint of a model that is left as it was drawn
 WITH_WEIGHTS = ("local-dir:", "hf-hub:")  # open_clip's names for a configuration and weights together
 OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}  # only OpenAI's files carry these
 
@@ -33,11 +34,12 @@ def build(name: str, checkpoint: str | None = None) -> Clip:
     Args:
         name: a model of open_clip ("ViT-B-32", or with its weights "local-dir:PATH" or "hf-hub:NAME"), or "nano_clip",
             which comes with this library.
-        checkpoint: a local file of weights, or one of open_clip's tags ("openai"); None leaves the random start, for
-            nano_clip it means the bundled weights.
+        checkpoint: a local file of weights, one of open_clip's tags ("openai"), or "random" for the random start; None
+            where weights come with the name, for nano_clip the bundled ones.
 
     Raises:
-        ClipError: unknown name, a file that is not there or does not fit, QuickGELU where the weights want GELU.
+        ClipError: unknown name, no weights, a file that is not there or does not fit, QuickGELU where the weights want
+            GELU.
         MissingExtra: open_clip is not installed.
     """
     from visionpeft.clip import nano
@@ -50,10 +52,15 @@ def build(name: str, checkpoint: str | None = None) -> Clip:
             raise ClipError(f"{name} brings its own weights: leave the checkpoint {checkpoint!r} out")
     elif name not in open_clip.list_models():
         raise ClipError(f"open_clip has no model {name!r}{_nearest(name, open_clip.list_models())}")
-    elif checkpoint is not None:
+    elif checkpoint is None:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ClipError(f"{name} needs weights, or it would be as drawn at random: give a checkpoint, a file or one of "
+                        f"its tags: {tags}; 'random' if that is meant")  # fmt: skip
+    elif checkpoint != RANDOM:
         check_activation(name, checkpoint)
+    weights = None if checkpoint == RANDOM else checkpoint
     try:
-        model = open_clip.create_model(name, pretrained=checkpoint).eval()
+        model = open_clip.create_model(name, pretrained=weights, require_pretrained=checkpoint != RANDOM).eval()
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         raise ClipError(f"{name} with weights {checkpoint!r} cannot be made: {error}") from error
