@@ -67,6 +67,17 @@ def test_captions(folder: Path) -> None:
         read_subject(folder)
 
 
+def test_captions_in_other_encodings(folder: Path) -> None:
+    """A mark at the beginning, as some editors leave, is no part of the caption; what is no UTF-8 is named."""
+    for name in "ac":
+        (folder / f"{name}.txt").write_bytes(b"\xef\xbb\xbfa caf\xc3\xa9")
+    (folder / "captions.json").write_bytes(b'\xef\xbb\xbf{"b.png": "a b"}')
+    assert [p.caption for p in read_subject(folder)] == ["a café", "a b", "a café"]
+    (folder / "a.txt").write_bytes(b"a caf\xe9")
+    with pytest.raises(DataError, match="a.txt: a caption is text in UTF-8"):
+        read_subject(folder)
+
+
 def test_bad_folders(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         read_subject(tmp_path / "nowhere")

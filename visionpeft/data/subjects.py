@@ -119,7 +119,7 @@ def _captions(folder: Path, paths: Sequence[Path]) -> dict[str, str]:
     table = folder / "captions.json"
     if table.exists():
         try:
-            read = json.loads(table.read_text(encoding="utf-8"))
+            read = json.loads(table.read_text(encoding="utf-8-sig"))
             found = {str(k): str(v).strip() for k, v in read.items()}
         except (OSError, ValueError, AttributeError) as error:
             raise DataError(f'{table}: expected {{"01.jpg": "a caption", ...}} ({error})') from error
@@ -128,7 +128,10 @@ def _captions(folder: Path, paths: Sequence[Path]) -> dict[str, str]:
             raise DataError(f"{table}: has a caption for {foreign[0]!r}, and there is no such image")
     for path in paths:
         if (beside := path.with_suffix(".txt")).exists():
-            found[path.name] = beside.read_text(encoding="utf-8").strip()
+            try:
+                found[path.name] = beside.read_text(encoding="utf-8-sig").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{beside}: a caption is text in UTF-8 ({error})") from error
     return found
 
 
