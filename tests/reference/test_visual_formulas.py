@@ -206,6 +206,31 @@ def test_convpass_refuses_tokens_out_of_order():
         vp.attach(model, M.Convpass(targets="mlp"))
 
 
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_convpass_is_computed_again_on_the_grid_it_was_computed_on(name):
+    """Images of several sizes, then one backward through checkpoints: gradients are those without checkpoints."""
+    torch.manual_seed(0)
+    if name == "vit":
+        model = vit(dynamic_img_size=True)
+    else:
+        small = dict(img_size=32, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(2, 2), drop_path_rate=0.0)
+        model = timm.create_model("swin_tiny_patch4_window7_224", strict_img_size=False, **small).double()
+    tuner = shake(vp.attach(model, M.Convpass(hidden=4, dropout=0), probe=False))
+    images = [torch.randn(2, 3, h, w, dtype=torch.float64) for h, w in ((32, 48), (48, 16), (32, 16))]
+
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        model.zero_grad()
+        model.set_grad_checkpointing(checkpointed)
+        loss = sum(model.train()(x).square().sum() for x in images)
+        with torch.no_grad():
+            model(images[1])  # and another one before backward
+        loss.backward()
+        return [p.grad.clone() for p in tuner.parameters()]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert_equal(found, expected)
+
+
 def test_a_block_without_the_patch_embedding_has_no_grid():
     model = vit()
     vp.attach(model, M.Convpass(hidden=4), probe=False)

@@ -107,30 +107,50 @@ def _together(a: str, b: str) -> int:
 
 
 class Grid(Adapter):
-    """Notes the size of the patch grid; changes nothing."""
+    """Notes the size of the patch grid, and all sizes seen, this one last; changes nothing."""
 
     size: tuple[int, int] | None = None
+    seen: tuple[tuple[int, int], ...] = ()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        self.size = (int(y.shape[-2]), int(y.shape[-1]))
+        self.size = size = (int(y.shape[-2]), int(y.shape[-1]))
+        if not torch.compiler.is_compiling():  # where it would mean a new graph
+            self.seen = (*(s for s in self.seen if s != size), size)
         return y
 
-    def of(self, tokens: int, label: str) -> tuple[int, int]:
-        """The grid of the last of so many tokens: all patches, or a quarter of them for each stage of a hierarchy."""
+    def of(self, tokens: int, label: str, front: int | None = None) -> tuple[int, int]:
+        """The grid of the last of so many tokens: all patches, or a quarter of them for each stage of a hierarchy.
+
+        `front` is given where a block is computed again in backward, images of other sizes having been seen since: how
+        many of its tokens stood before the grid. Then it is the last grid that leaves as many.
+        """
         if self.size is None:
             raise SiteError(f"{label}: the block was called without the patch embedding, which tells its grid")
-        height, width = self.size
-        while height * width > tokens and height % 2 == width % 2 == 0:
-            height, width = height // 2, width // 2
-        if height * width > tokens or ((height, width) != self.size and height * width != tokens):
-            raise SiteError(f"{label}: {tokens} tokens do not hold the grid of {self.size[0]} x {self.size[1]} patches")
-        return height, width
+        for size in (self.size,) if front is None else reversed(self.seen or (self.size,)):
+            height, width = _halved(*size, tokens)
+            fits = height * width == tokens or (height * width < tokens and (height, width) == size)
+            if fits and front in (None, tokens - height * width):
+                return height, width
+        raise SiteError(f"{label}: {tokens} tokens do not hold the grid of {self.size[0]} x {self.size[1]} patches")
+
+
+def _halved(height: int, width: int, tokens: int) -> tuple[int, int]:
+    """A grid halved until it has no more places than there are tokens, as long as both sides are even."""
+    while height * width > tokens and height % 2 == width % 2 == 0:
+        height, width = height // 2, width // 2
+    return height, width
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work: checkpoints compute blocks again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class ConvpassAdapter(Adapter):
     """down_weight (h, D), down_bias (h), conv_weight (h, h, 3, 3), conv_bias (h), up_weight (D, h), up_bias (D)."""
 
     grid: Grid
+    front: int | None = None  # tokens before the patches, as seen last
     normed = True
 
     def __init__(self, method: Convpass, width: int, drop_path: float, **kw: Any) -> None:
@@ -167,8 +187,8 @@ class ConvpassAdapter(Adapter):
         weight, bias = self.conv_weight.to(h.dtype), self.conv_bias.to(h.dtype)
         if h.dim() == 4:
             return F.conv2d(h.permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1)
-        height, width = self.grid.of(h.shape[1], self.label)
-        front = h.shape[1] - height * width
+        height, width = self.grid.of(h.shape[1], self.label, self.front if _in_backward() else None)
+        front = self.front = h.shape[1] - height * width
         patches = h[:, front:].transpose(1, 2).unflatten(-1, (height, width))
         patches = F.conv2d(patches, weight, bias, padding=1).flatten(2).transpose(1, 2)
         alone = F.linear(h[:, :front], weight[:, :, 1, 1], bias).to(patches.dtype)
