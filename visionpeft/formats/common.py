@@ -47,6 +47,8 @@ class Kron:
 
 
 Change = LowRank | Kron
+Where = Mapping[str, str | tuple[str, ...]]
+"""Names in files -> path in the model, or several paths where a name does not say which is meant."""
 
 
 # ---- out of a tuner -------------------------------------------------------------------------------------------------
@@ -214,11 +216,8 @@ def by_rest(backbone: Backbone) -> dict[str, str | tuple[str, ...]]:
     return {rest: own[0] if len(own) == 1 else tuple(own) for rest, own in found.items()}
 
 
-def located(modules: Iterable[str], where: Mapping[str, str | tuple[str, ...]], path: str | Path) -> dict[str, str]:
+def located(modules: Iterable[str], where: Where, path: str | Path) -> dict[str, str]:
     """Name in the file -> path in the model.
-
-    Args:
-        where: names in files -> path, or several paths where a name does not say which is meant.
 
     Raises:
         FormatError: the model has no module of that name, with the first ones; or several.
@@ -295,5 +294,5 @@ def _check(site: Site, change: Change, path: str | Path) -> None:
         raise FormatError(f"{path}: {site} is {'x'.join(map(str, site.shape))} here, {'x'.join(map(str, shape))} there")
 
 
-__all__ = ["AdapterFileError", "Change", "Kron", "LowRank", "attach", "by_module", "by_rest", "changes", "component",
-           "exact_lora", "located", "low_rank", "names", "read", "tell_growth", "write"]  # fmt: skip
+__all__ = ["AdapterFileError", "Change", "Kron", "LowRank", "Where", "attach", "by_module", "by_rest", "changes",
+           "component", "exact_lora", "located", "low_rank", "names", "read", "tell_growth", "write"]  # fmt: skip

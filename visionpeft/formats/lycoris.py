@@ -94,7 +94,8 @@ def load(model: Any, path: str | Path, name: str | None = None, *, probe: bool =
     tensors, _ = common.read(path)
     found = common.by_module(tensors, (*_LOKR, *_LORA, "alpha"), path)
     backbone = Backbone(model)
-    where = {own: own for own in common.names(backbone)} | kohya.flat_paths(backbone)
+    where: dict[str, str | tuple[str, ...]] = {own: own for own in common.names(backbone)}
+    where |= kohya.flat_paths(backbone)
     where |= {f"lycoris_{own.replace('.', '_')}": own for own in common.names(backbone)}
     where |= {".".join(name): own for own, name in common.names(backbone).items()} | common.by_rest(backbone)
     located = common.located(found, where, path)

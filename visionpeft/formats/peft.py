@@ -153,7 +153,7 @@ def scaling(config: Mapping[str, Any], module: str, rank: int, path: str | Path)
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _low_rank(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: Mapping[str, str],
+def _low_rank(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: common.Where,
               path: Path) -> Sequence[Change]:  # fmt: skip
     suffixes = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
     found = common.by_module(tensors, suffixes, path)
@@ -168,7 +168,7 @@ def _low_rank(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: M
     return changes
 
 
-def _kron(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: Mapping[str, str],
+def _kron(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: common.Where,
           path: Path) -> Sequence[Change]:  # fmt: skip
     suffixes = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")
     found = common.by_module(tensors, suffixes, path)
