@@ -73,5 +73,7 @@ def test_retrieval_that_means_nothing_is_refused():
     unit = torch.eye(10)
     with pytest.raises(ClipError, match="recall at 10 needs as many"):
         retrieval_scores(unit[:4], unit, torch.zeros(10, dtype=torch.long))
+    with pytest.raises(DataError, match="features hold NaN"):
+        retrieval_scores(unit, unit * float("nan"), torch.arange(10))
     with pytest.raises(ClipError, match="image 3 has no caption"):
         retrieval_scores(unit, unit, torch.tensor([0, 1, 2, 2, 4, 5, 6, 7, 8, 9]))

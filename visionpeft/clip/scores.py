@@ -55,10 +55,13 @@ def retrieval_scores(images: Tensor, texts: Tensor, owner: Tensor, ks: Sequence[
 
     Raises:
         ClipError: K above the number of images or texts, where recall would be 1 whatever the model does.
+        DataError: features that are not finite.
     """
     if max(ks) > min(len(images), len(texts)):
         raise ClipError(f"recall at {max(ks)} needs as many images and texts; there are {len(images)} and {len(texts)}")
     similarity = images.double() @ texts.double().t()
+    if not torch.isfinite(similarity).all():
+        raise DataError("features hold NaN or infinity")
     wanted = owner[None, :] == torch.arange(len(images), device=owner.device)[:, None]
     if not bool(wanted.any(1).all()):
         raise ClipError(f"image {int((~wanted.any(1)).nonzero()[0])} has no caption: leave it out of retrieval")
