@@ -124,6 +124,7 @@ def set_active(backbone: Backbone, wanted: Sequence[tuple[Tuner, float]]) -> Non
     for tuner, strength in wanted:
         tuner.check_strength(strength)
     _check_shared([tuner for tuner, _ in wanted])
+    check_offloaded(backbone)
     release_samples(backbone)
     found.order = tuple(strengths)
     for tuner in found.tuners.values():
@@ -191,6 +192,18 @@ def _check_shared(wanted: Sequence[Tuner]) -> None:
                     f"{other.name!r} and {tuner.name!r} each bring their own {path}, "
                     f"{tuple(other.learnt(*key).shape)} and {tuple(tuner.learnt(*key).shape)}: they cannot act "
                     "together. Activate one of them, or one per sample"
+                )
+
+
+def check_offloaded(backbone: Backbone) -> None:
+    """What learns in place is exchanged by moving tensors, and accelerate would bring back those that it put away."""
+    for tuner in found.tuners.values() if (found := known(backbone)) is not None else ():
+        for path, name in tuner.in_place:
+            if binding.offloaded(backbone.module(path)):
+                raise VisionPEFTError(
+                    f"{path}.{name}, which {tuner.name!r} brings a copy of, is offloaded module by module: who acts "
+                    "cannot change. Remove the hooks first (accelerate.hooks.remove_hook_from_module(model, recurse=True), "
+                    "pipe.remove_all_hooks()), and offload again afterwards"
                 )
 
 

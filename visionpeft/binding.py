@@ -144,6 +144,12 @@ def fetch(adapters: Iterable[Adapter]) -> None:
             hook.pre_forward(adapter)
 
 
+def offloaded(module: nn.Module) -> bool:
+    """Whether accelerate puts the module's own tensors away after each forward, and has them somewhere else."""
+    hook = module.__dict__.get("_hf_hook")
+    return any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
+
+
 def refuse_reentrant() -> None:
     """Refuse to run inside reentrant checkpointing; called where there are no gradients.
 

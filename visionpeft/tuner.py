@@ -123,6 +123,7 @@ class Tuner:
             raise VisionPEFTError(f"{self.name!r}: " + "; ".join(f"{len(k)} {w}: {k[:3]}" for w, k in what if k))
         if self.merged is not None:
             raise VisionPEFTError(f"{self.name!r} is merged: unmerge it before loading other tensors")
+        activation.check_offloaded(self.backbone)
         for key, value in own.items():
             value.copy_(state[key])
         activation.settle(self.backbone)
@@ -139,6 +140,7 @@ class Tuner:
         if self.merged is not None:
             raise VisionPEFTError(f"{self.name!r} is merged: unmerge it before its scale can change")
         self.check_strength(float(value))
+        activation.check_offloaded(self.backbone)
         self.set_strength(float(value))
         activation.settle(self.backbone)
 
