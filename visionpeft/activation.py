@@ -202,8 +202,8 @@ def check_offloaded(backbone: Backbone) -> None:
             if binding.offloaded(backbone.module(path)):
                 raise VisionPEFTError(
                     f"{path}.{name}, which {tuner.name!r} brings a copy of, is offloaded module by module: who acts "
-                    "cannot change. Remove the hooks first (accelerate.hooks.remove_hook_from_module(model, recurse=True), "
-                    "pipe.remove_all_hooks()), and offload again afterwards"
+                    "cannot change. Remove the hooks first (accelerate.hooks.remove_hook_from_module(model, "
+                    "recurse=True), pipe.remove_all_hooks()), and offload again afterwards"
                 )
 
 
