@@ -26,6 +26,7 @@ from visionpeft.clip.errors import ClipError
 from visionpeft.errors import require
 
 FACTOR = 100.0
+ROWS = 8192  # features whose residuals GDA holds at once
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:
@@ -201,8 +202,10 @@ class GDA:
         check(features, labels, classes)
         x = features.double()
         means = class_means(x, labels, classes)
-        residuals = x - means[labels]
-        scatter = residuals.t() @ residuals  # (N - 1) S
+        scatter = x.new_zeros(x.shape[1], x.shape[1])  # (N - 1) S
+        for part, own in zip(x.split(ROWS), labels.split(ROWS), strict=True):
+            residuals = part - means[own]
+            scatter.addmm_(residuals.t(), residuals)
         trace = scatter.trace() / (len(x) - 1)
         factor = torch.linalg.cholesky(scatter + trace * torch.eye(x.shape[1], dtype=x.dtype))
         return cls._of(means, x.shape[1] * torch.cholesky_solve(means.t(), factor))
