@@ -237,6 +237,7 @@ def grip(module: nn.Module, name: str, *mixins: type[Mixin]) -> Holder:
     Raises:
         SiteError: the instance carries a `forward` of its own, which would shadow the binding.
     """
+    drop_leftover(module)
     if shadowed(module, mixins):
         raise SiteError(
             f"a {type(module).__name__} carries an instance-level `forward` (accelerate and LyCORIS put one there): "
@@ -260,16 +261,17 @@ def changed(module: nn.Module) -> bool:
 
 
 def shadowed(module: nn.Module, mixins: Iterable[type[Mixin]]) -> bool:
-    """Whether the instance carries a `forward` of its own, and the mixins bring one that it would shadow.
-
-    One that is the class's own goes: accelerate leaves it behind when its hooks are removed.
-    """
-    own = module.__dict__.get("forward")
-    ours = [vars(cls).get("forward") for cls in type(module).__mro__ if issubclass(cls, Mixin)]
-    plain = (base_class(module).forward, *ours)
-    if getattr(own, "__self__", None) is module and getattr(own, "__func__", None) in plain:
-        del module.__dict__["forward"]
+    """Whether the instance carries a `forward` of its own, and the mixins bring one that it would shadow."""
     return "forward" in module.__dict__ and any("forward" in vars(mixin) for mixin in mixins)
+
+
+def drop_leftover(module: nn.Module) -> None:
+    """Take an instance-level `forward` off that is the class's own: accelerate leaves it when its hooks are removed."""
+    own = module.__dict__.get("forward")
+    mixins = [vars(cls).get("forward") for cls in type(module).__mro__ if issubclass(cls, Mixin)]
+    plain = (base_class(module).forward, *mixins)
+    if own is not None and getattr(own, "__self__", None) is module and own.__func__ in plain:
+        del module.__dict__["forward"]
 
 
 def release(module: nn.Module, name: str) -> None:

@@ -81,16 +81,22 @@ def is_traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.is_meta or peek_interpreter_stack() is not None
 
 
+def kept(x: Tensor, route: str) -> tuple[Callable[..., Tensor] | None, tuple[Tensor, ...]]:
+    """What backward has x from: a recipe and its tensors, or x itself."""
+    found = recipe(x) if x.requires_grad and route == "rebuild" else None
+    return found or (None, (x,))
+
+
 def _sources(x: Tensor, w: Tensor, parts: bool, after: Rescale | None,
              route: str) -> tuple[str, Callable[..., Tensor] | None, tuple[Tensor, ...]]:  # fmt: skip
     """Where backward has z from, and x: from a recipe and its tensors, from x itself, or not at all."""
-    found = recipe(x) if x.requires_grad and route == "rebuild" else None
+    make, tensors = kept(x, route)
     needs_x = parts or w.requires_grad
     source = "" if after is None else after.source if route == "rebuild" else "kept"
-    if source == "output" and (not (needs_x or found) or has_saved_tensor_hooks()):
+    if source == "output" and (not (needs_x or make) or has_saved_tensor_hooks()):
         source = "kept"  # y may be written to, and then x is needed after all
     if needs_x or source in ("input", "output"):
-        return source, *(found or (None, (x,)))
+        return source, make, tensors
     return source, None, ()
 
 

@@ -229,6 +229,7 @@ class Tuner:
                     f"the class of a {type(module).__name__} was changed after {self.name!r} was attached "
                     "(parametrize, weight_norm, FSDP2, SyncBatchNorm): undo that first"
                 )
+            binding.drop_leftover(module)
             if binding.shadowed(module, mixins):
                 raise VisionPEFTError(
                     f"a {type(module).__name__} got an instance-level `forward` after {self.name!r} came, which "

@@ -51,8 +51,9 @@ class Joined(Mixin):
         Raises:
             VisionPEFTError: weights are merged or learn in place: the fused copy would keep them after detaching.
         """
-        for name in _SPLIT & set(self._modules):  # type: ignore[attr-defined]
-            held = holder(self._modules[name])  # type: ignore[attr-defined]
+        modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
+        for name in (n for n in modules if n in _SPLIT):
+            held = holder(modules[name])
             if held is not None and held.written:
                 raise VisionPEFTError(f"shira.switch has written to {name}: take that out to fuse")
             if held is not None and held.aside:

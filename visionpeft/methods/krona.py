@@ -103,8 +103,7 @@ def add_kron(x: Tensor, y: Tensor, a: Tensor, b: Tensor, route: str = "rebuild")
     """y + x (A ⊗ B)^T: x (.., a2 b2), y (.., a1 b1), a fresh tensor of y's shape and dtype."""
     if route == "plain" or lowrank.is_traced(x) or not torch.is_grad_enabled():
         return _product(x.to(y.dtype), y, a.to(y.dtype), b.to(y.dtype))
-    found = lowrank.recipe(x) if x.requires_grad and route == "rebuild" else None
-    make, tensors = found or (None, (x,))
+    make, tensors = lowrank.kept(x, route)
     return _Kron.apply(x, y, a, b, make, *tensors)  # type: ignore[no-any-return]
 
 

@@ -30,8 +30,7 @@ def add(x: Tensor, y: Tensor, values: Tensor, places: Tensor, shape: tuple[int, 
         return y + F.linear(x.to(y.dtype), matrix(values, places, shape).to(y.dtype))
     if not torch.is_grad_enabled():
         return _sum(x, y, values, places, shape)
-    found = lowrank.recipe(x) if x.requires_grad and route == "rebuild" else None
-    make, tensors = found or (None, (x,))
+    make, tensors = lowrank.kept(x, route)
     return _Sparse.apply(x, y, values, places, shape, make, *tensors)  # type: ignore[no-any-return]
 
 
