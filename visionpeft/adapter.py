@@ -194,6 +194,10 @@ class Method:
         """One adapter a site; override where adapters depend on one another or on the whole backbone."""
         return {site: self.build(site, backbone.module(site.path)) for site in sites}
 
+    def together(self, sites: Sequence[Site]) -> list[list[Site]]:
+        """Sites whose adapters make no sense without one another; each by itself if it does."""
+        return [[site] for site in sites]
+
     def learns(self, sites: Sequence[Site], backbone: Backbone) -> list[tuple[str, str]]:
         """Tensors of the model that learn in place, as (path of the module, name): BitFit, LN-tuning, full."""
         return []

@@ -42,25 +42,35 @@ class PrefixTuning(Method):
             raise SiteError("PrefixTuning needs a block whose attention takes any number of tokens: there is none here")
         return "key value"
 
+    def refuses(self, site: Site, module: nn.Module) -> str | None:
+        if site.role not in ("key", "value") or site.host:
+            return "it adapts the key and value of a plain ViT's block"
+        return super().refuses(site, module)
+
+    def together(self, sites: Sequence[Site]) -> list[list[Site]]:
+        found: dict[str, list[Site]] = {}
+        for site in sites:
+            found.setdefault(_attention(site), []).append(site)
+        return list(found.values())
+
     def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
         blocks = [site.path for site in backbone.sites() if site.kind == "block"]
         found: dict[Site, Adapter] = {}
         widened: dict[Site, Adapter] = {}
         for site in sites:
-            if site.role not in ("key", "value") or site.host or not inside(site.path, blocks):
+            if not inside(site.path, blocks):
                 raise SiteError(f"PrefixTuning at {site}: it adapts the key and value of a plain ViT's block")
             found[site] = Prefix(self.tokens, site.shape[0], **factory(backbone.module(site.path)))
-            attention = Site(site.path.rpartition(".")[0], "widened", kind="block")
+            attention = Site(_attention(site), "widened", kind="block")
             widened.setdefault(attention, Widened(self.tokens))
-        _check_pairs(sites)
+        for group in self.together(sites):  # the empty tokens would have keys or values of their own
+            if {site.role for site in group} != {"key", "value"}:
+                raise SiteError(f"PrefixTuning at {_attention(group[0])}: it needs both key and value")
         return {**found, **widened}
 
 
-def _check_pairs(sites: Sequence[Site]) -> None:
-    """Keys without values, or the other way round, would bring those of an empty token."""
-    parents = [{s.path.rpartition(".")[0] for s in sites if s.role == role} for role in ("key", "value")]
-    if alone := sorted(parents[0] ^ parents[1]):
-        raise SiteError(f"PrefixTuning at {alone[0]}: it needs both key and value")
+def _attention(site: Site) -> str:
+    return site.path.rpartition(".")[0]
 
 
 class Prefix(Adapter):

@@ -9,7 +9,7 @@ others the selected entries themselves learn, as a sparse delta. A vector (norm 
 selected learns whole, in place. The class token always learns. tau is the one whose total is nearest to the budget.
 
 `method` is any of the library that has adapters. One that adapts Linears may have every matrix (query, key and value
-apart, but for prefix tuning); one of branches or blocks is given those whose matrices together have enough selected.
+apart); one of branches or blocks is given those whose matrices together have enough selected.
 What it would learn in place besides (DiffFit) is left to SPT's own choice of vectors. SPT-LoRA is LoRA(rank=8),
 SPT-Adapter is LinearAdapter(hidden=8), unstructured SPT is method=None. The positions of the sparse entries are in the
 adapter file. Merges if all that it consists of does.
@@ -293,7 +293,7 @@ class Unit:
 
 def _units(method: Method, backbone: Backbone, matrices: list[Site]) -> list[Unit]:
     """Every place where the method may act; one that adapts Linears by themselves may do so at any of them."""
-    anywhere = method.targets is None and "linear" in method.kinds and method.key not in ("noah", "prefix")
+    anywhere = method.targets is None and "linear" in method.kinds and not method.kinds & {"branch", "block", "stage"}
     sites = _accepted(method, backbone, matrices if anywhere else method.choose(backbone))
     if anywhere:  # RepAdapter takes no rows of a Linear, but the whole of it
         parted = {m.path for m in matrices} - {s.path for s in sites}
@@ -301,7 +301,7 @@ def _units(method: Method, backbone: Backbone, matrices: list[Site]) -> list[Uni
     adapters = method.adapters(sites, backbone) if sites else {}
     factors = {id(adapter): site for site, adapter in adapters.items() if site.kind == "shared"}
     found = []
-    for group in _groups(method, [s for s in sites if s in adapters]):
+    for group in method.together([s for s in sites if s in adapters]):
         own = [adapters[site] for site in group]
         used = {factors[id(a.shared)] for a in own if hasattr(a, "shared")}
         of = [m for m in matrices if any(_speaks(m, site, backbone) for site in group)]
@@ -318,16 +318,6 @@ def _accepted(method: Method, backbone: Backbone, sites: list[Site]) -> list[Sit
 
 def _size(adapter: Adapter) -> int:
     return sum(p.numel() for p in adapter.parameters())
-
-
-def _groups(method: Method, sites: list[Site]) -> list[list[Site]]:
-    """Sites that make no sense without one another."""
-    if method.key == "vpt" and not getattr(method, "deep", True):  # put in before the first, taken out behind the last
-        return [sites]
-    groups: dict[Any, list[Site]] = {}
-    for site in sites:  # keys without values are no prefix
-        groups.setdefault(site.path.rpartition(".")[0] if method.key == "prefix" else site, []).append(site)
-    return list(groups.values())
 
 
 def _speaks(matrix: Site, site: Site, backbone: Backbone) -> bool:

@@ -49,6 +49,9 @@ class VPT(Method):
         sites = super().choose(backbone)
         return sites if self.deep or len(sites) == 1 else [sites[0], sites[-1]]
 
+    def together(self, sites: Sequence[Site]) -> list[list[Site]]:
+        return super().together(sites) if self.deep else [list(sites)]
+
     def adapters(self, sites: Sequence[Site], backbone: Backbone) -> dict[Site, Adapter]:
         bound = self._bound(sites[0], backbone)
         found: dict[Site, Adapter] = {}
