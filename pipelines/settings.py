@@ -32,6 +32,8 @@ class Common:
     out: str = "runs"
     """Folder for the runs."""
     lr: float | None = None
+    head_lr: float | None = None
+    """Rate of the classifier or decoder, as a multiple of lr."""
     epochs: int | None = None
     batch_size: int | None = None
     weight_decay: float | None = None

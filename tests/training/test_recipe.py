@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import visionpeft as vp
 from visionpeft.training import Recipe
 from visionpeft.training.recipe import RecipeError, make_criterion, make_mixup, make_optimizer, make_scheduler
 
@@ -39,6 +41,35 @@ def test_cosine_after_linear_warm_up(schedule: str, unit: int) -> None:
 def test_vectors_decay_only_if_asked(decay_1d: bool, expected: set[float]) -> None:
     groups = make_optimizer(nn.Linear(2, 2), Recipe(weight_decay=0.1, decay_1d=decay_1d)).param_groups
     assert {group["weight_decay"] for group in groups} == expected
+
+
+def test_the_head_has_its_own_rate() -> None:
+    """Behind the warm-up and at the end, for weights and biases; the rest is as without."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    vp.attach(model, vp.methods.BitFit(), train="head")
+    rate, names = {}, {id(p): name for name, p in model.named_parameters()}
+    for times in (1.0, 10.0):
+        recipe = Recipe(lr=0.5, head_lr=times, weight_decay=0.1, epochs=4, warmup_epochs=1, min_lr=0.1, decay_1d=False)
+        optimizer = make_optimizer(model, recipe)
+        scheduler = make_scheduler(optimizer, recipe, 1)
+        for epoch in (0, 1, 3):
+            scheduler.step(epoch)
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    rate[times, epoch, names[id(p)]] = (group["lr"], group["weight_decay"])
+    for (times, epoch, name), (lr, decay) in rate.items():
+        plain, same = rate[1.0, epoch, name]
+        assert lr == plain * (times if name.startswith("head.") else 1) and decay == same
+    assert rate[1.0, 3, "head.weight"][1] == 0.1 and rate[1.0, 3, "blocks.0.attn.qkv.bias"][1] == 0
+
+
+def test_where_the_head_is_must_be_known() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    with pytest.raises(RecipeError, match="not known where Sequential has its head"):
+        make_optimizer(model, Recipe(head_lr=2))
+    assert {group["lr_scale"] for group in make_optimizer(model[1], Recipe(head_lr=2)).param_groups} == {2}
+    with pytest.raises(RecipeError, match="head_lr=0"):
+        Recipe(head_lr=0)
 
 
 def test_only_what_requires_grad_is_optimised() -> None:

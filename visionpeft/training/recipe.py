@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionpeft import backbones
 from visionpeft.errors import VisionPEFTError, require
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -26,6 +28,8 @@ class Recipe:
 
     lr: float = 1e-3
     """Peak learning rate."""
+    head_lr: float = 1.0
+    """That of the head (classifier or decoder), as a multiple of lr."""
     weight_decay: float = 1e-4
     epochs: int = 100
     batch_size: int = 64
@@ -63,6 +67,8 @@ class Recipe:
             raise RecipeError(f'schedule is "epoch" or "update", not {self.schedule!r}')
         if min(self.epochs, self.batch_size, self.accumulation) < 1:
             raise RecipeError("epochs, batch_size and accumulation are at least 1")
+        if self.head_lr <= 0:
+            raise RecipeError(f"head_lr={self.head_lr:g}: expected a multiple of lr above 0")
         if not 0 <= self.warmup_epochs < max(self.epochs, 1):
             raise RecipeError(f"warmup_epochs={self.warmup_epochs} must be less than epochs={self.epochs}")
 
@@ -74,12 +80,32 @@ class Recipe:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """timm's optimiser over what requires grad in `model`, biases without weight decay unless decay_1d."""
+    """timm's optimiser over what requires grad in `model`, biases without weight decay unless decay_1d.
+
+    Raises:
+        RecipeError: the head is to have a rate of its own, and it is not known where it is.
+    """
     factory = require("timm.optim", extra="timm")
+    options: dict[str, Any] = {"filter_bias_and_bn": not recipe.decay_1d}
+    if recipe.head_lr != 1:
+        options = {"param_group_fn": partial(_with_head, recipe=recipe)}
     return factory.create_optimizer_v2(
-        model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay,
-        filter_bias_and_bn=not recipe.decay_1d,
-    )
+        model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, **options)
+
+
+def _with_head(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """timm's groups of parameters, each in two: what is not in the head and what is."""
+    paths = backbones.heads(model) or ([] if any(model.children()) else [""])  # a single layer is a head by itself
+    if not paths:
+        raise RecipeError(f"head_lr={recipe.head_lr:g}: it is not known where {type(model).__name__} has its head")
+    head = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
+    timm = require("timm.optim", extra="timm")
+    found = []
+    for group in timm.param_groups_weight_decay(model, recipe.weight_decay, not recipe.decay_1d):
+        for scale, inside in ((1.0, False), (recipe.head_lr, True)):
+            if params := [p for p in group["params"] if (id(p) in head) == inside]:
+                found.append(group | {"params": params, "lr_scale": scale})  # timm's schedules multiply by it
+    return found
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_per_epoch: int) -> Any:
