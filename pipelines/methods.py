@@ -42,6 +42,14 @@ def parse_method(text: str, preset: Mapping[str, Any] | None = None) -> Any:
         raise MethodError(f"{text!r} cannot be made: {error}") from error
 
 
+def free_fields(text: str) -> list[str]:
+    """Fields of the method that "lora:rank=8" does not say; none of a baseline and of spt."""
+    name, _, settings = text.partition(":")
+    given = {part.partition("=")[0].strip() for part in _parts(settings)}
+    cls = None if name.strip() == "spt" else vp.METHODS.get(name.strip())
+    return [] if cls is None else [f.name for f in fields(cls) if f.init and f.name not in given]
+
+
 @dataclass(frozen=True)
 class Budget:
     """SPT before it has seen model and data: "spt:budget=400000,method=lora", or without method for sparse entries."""

@@ -23,7 +23,7 @@ from visionpeft.pipelines.cell import BaseCell
 from visionpeft.pipelines.methods import method_name, parse_job_method
 from visionpeft.pipelines.parallel import Progress, side_by_side
 from visionpeft.pipelines.recipes import Plan
-from visionpeft.pipelines.selection import grid_points, select
+from visionpeft.pipelines.selection import grid_of, grid_points, of_method, select
 from visionpeft.pipelines.settings import BASELINES, Common, ManyCells, OneCell, Result
 from visionpeft.report.cells import cell_report, sweep_report
 from visionpeft.report.table import markdown, summarise, write_csv
@@ -95,9 +95,9 @@ def run(config: OneCell, progress: Progress | None = None) -> Result:
 
 def check(config: OneCell) -> None:
     """Refuse misspelt methods and grids before any work."""
-    if method_name(config.method) not in BASELINES:
-        parse_job_method(config.method)
-    grid_points(config.grid)
+    for point in grid_points(config.grid, config.method):
+        if method_name(config.method) not in BASELINES:
+            parse_job_method(config.method, of_method(point))
 
 
 def _adapt(job: Job, config: OneCell, result: Result, accelerator: Any,
@@ -122,7 +122,7 @@ def _put_training(result: Result, cell: BaseCell) -> None:
     result.trained_parameters = sum(p.numel() for p in cell.model.parameters() if p.requires_grad)
     result.seconds_per_step, result.seconds_waiting = history.seconds_per_step, history.seconds_waiting
     result.peak_memory, result.notes = cell.peak_memory, cell.notes
-    result.recipe = asdict(cell.recipe) | {"protocol": cell.plan.protocol}
+    result.recipe = asdict(cell.recipe) | {"protocol": cell.plan.protocol, "method": cell.tuner.method.summary()}
     last = history.rows[-1]
     result.metrics |= {key: last[key] for key in ("train_loss", "train_accuracy") if key in last}
     tracked = [row[f"test_{result.measure}"] for row in history.rows if f"test_{result.measure}" in row]
@@ -155,7 +155,8 @@ def cells(plan: ManyCells) -> list[Any]:
     """All cells of a sweep: tasks outermost, then methods, then seeds."""
     job = job_of(plan)
     shared = {f.name: getattr(plan, f.name) for f in fields(job.settings)}
-    found = [job.config(**(shared | {"data": spec}), method=method, seed=seed)
+    grids = {method: grid_of(plan.grid, method, plan.method) for method in plan.method}
+    found = [job.config(**(shared | {"data": spec, "grid": grids[method]}), method=method, seed=seed)
              for spec in job.expand(plan) for method in plan.method for seed in plan.seeds]
     return list(dict.fromkeys(found))  # a method named twice is one row
 

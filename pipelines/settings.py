@@ -48,7 +48,8 @@ class Common:
     clip: float | None = None
     accumulation: int | None = None
     grid: tuple[str, ...] = ()
-    """Values to try on the validation split, such as lr=1e-3,3e-3; the best is trained again on all of train."""
+    """Values to try on the validation split, such as lr=1e-3,3e-3, or of the method's fields: scale=0.1,1,10; the best
+    is trained again on all of train."""
     precision: str = "fp32"
     """fp32, bf16 or fp16."""
     trackers: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ from visionpeft.methods import spt
 from visionpeft.pipelines import cell as cell_module
 from visionpeft.pipelines.cell import Cell, load_splits
 from visionpeft.pipelines.classification import Config, run
+from visionpeft.pipelines.methods import MethodError
 from visionpeft.pipelines.recipes import plan_for
 from visionpeft.training import TensorFeed, make_accelerator, runs
 from visionpeft.training.recipe import RecipeError
@@ -150,6 +151,18 @@ def test_a_grid_selects_on_val_and_trains_again(make: Any) -> None:
     assert set(scores) == {1e-9, 1e-1} and scores[1e-1] > scores[1e-9]
     assert result.recipe["lr"] == 1e-1
     assert {p.name for p in (config.folder / "grid").iterdir()} == {"lr=1e-09", "lr=0.1"}
+
+
+def test_a_grid_searches_fields_of_the_method(make: Any) -> None:
+    """What does best on val is trained and written; values that cannot be are refused before any work."""
+    result = run(make(method="lora:targets=query value", grid=("rank=1,3", "lr=1e-9,1e-2"), epochs=4))
+    best = max(result.selection, key=lambda row: row["val_accuracy"])
+    assert best["lr"] == 1e-2 and [(row["rank"], row["lr"]) for row in result.selection] == [
+        (1, 1e-9), (1, 1e-2), (3, 1e-9), (3, 1e-2)]
+    assert result.adapter_parameters == 6 * 2 * best["rank"] * (64 + 64)
+    assert f"rank={best['rank']}" in result.recipe["method"]
+    with pytest.raises(MethodError, match="rank=0"):
+        run(make(method="lora", grid=("rank=4,0",)))
 
 
 def test_selection_never_reads_the_test_set(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

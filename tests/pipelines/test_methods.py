@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import visionpeft as vp
 from visionpeft.pipelines.methods import Budget, MethodError, method_name, parse_job_method, parse_method
-from visionpeft.pipelines.selection import GridError, grid_points
+from visionpeft.pipelines.selection import RECIPE, GridError, grid_of, grid_points
 
 
 def test_settings_are_read() -> None:
@@ -46,13 +48,29 @@ def test_mistakes_are_named(text: str, what: str) -> None:
 
 
 def test_a_grid_is_all_combinations() -> None:
-    assert grid_points(("lr=1e-3,3e-3", "augment=flip,none")) == [
+    assert grid_points(("lr=1e-3,3e-3", "augment=flip,none"), "linear") == [
         {"lr": 1e-3, "augment": "flip"}, {"lr": 1e-3, "augment": None},
         {"lr": 3e-3, "augment": "flip"}, {"lr": 3e-3, "augment": None}]
-    assert grid_points(()) == [{}]
+    assert grid_points((), "linear") == [{}]
+    assert grid_points(("scale=1,10", "clip=1"), "convpass:hidden=4") == [
+        {"scale": 1, "clip": 1}, {"scale": 10, "clip": 1}]
 
 
-@pytest.mark.parametrize("entry", ["lr", "lr=", "rate=1"])
+def test_a_sweep_gives_each_method_its_part_of_the_grid() -> None:
+    """A field that a method lacks, or that its text fixes, is not searched for it."""
+    methods, grid = ("raw", "linear", "convpass", "convpass:scale=2", "spt:budget=9"), ("lr=1e-3,1e-2", "scale=0.1,1")
+    assert [grid_of(grid, method, methods) for method in methods] == [
+        ("lr=1e-3,1e-2",), ("lr=1e-3,1e-2",), grid, ("lr=1e-3,1e-2",), ("lr=1e-3,1e-2",)]
+    with pytest.raises(GridError, match="neither training nor linear nor convpass:scale=2 has"):
+        grid_of(grid, "linear", ("linear", "convpass:scale=2"))
+
+
+def test_no_field_means_two_things_in_a_grid() -> None:
+    for key, cls in vp.METHODS.items():
+        assert not set(RECIPE) & {f.name for f in dataclasses.fields(cls)}, key
+
+
+@pytest.mark.parametrize("entry", ["lr", "lr=", "rate=1", "scale=1"])
 def test_a_malformed_grid_is_named(entry: str) -> None:
     with pytest.raises(GridError, match="lr"):
-        grid_points((entry,))
+        grid_points((entry,), "lora")
