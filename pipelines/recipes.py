@@ -75,7 +75,7 @@ def bundled_recipe(method: str) -> Recipe:
 
 
 def override(recipe: Recipe, given: dict[str, Any]) -> Recipe:
-    """`recipe` with what the user named; the warm-up keeps its share of a changed number of epochs."""
+    """`recipe` with what the user named; the warm-up keeps its share of a changed number of epochs, rounded."""
     if "epochs" in given and "warmup_epochs" not in given:
-        given = given | {"warmup_epochs": recipe.warmup_epochs * given["epochs"] // recipe.epochs}
+        given = given | {"warmup_epochs": round(recipe.warmup_epochs * given["epochs"] / recipe.epochs)}
     return replace(recipe, **given)

@@ -208,6 +208,7 @@ def test_vtab_takes_the_published_recipe(make: Any) -> None:
 def test_warm_up_keeps_its_share() -> None:
     assert plan_for(Config(data="vtab:dtd", epochs=20)).recipe.warmup_epochs == 2
     assert plan_for(Config(data="digits", epochs=1)).recipe.warmup_epochs == 0
+    assert plan_for(Config(data="digits", epochs=6)).recipe.warmup_epochs == 1  # 0.6, and not none at all
 
 
 def test_images_are_decoded_once_for_all_cells(make: Any) -> None:
