@@ -11,11 +11,13 @@ from visionpeft.pipelines.settings import Config
 from visionpeft.training import Recipe
 
 LEARNING_RATES = {
-    "linear": 1e-2, "full": 1e-4, "scratch": 1e-3, "ssf": 5e-3, "bitfit": 5e-3, "ln_tuning": 5e-3,
-    "vpt": 5e-3, "lora": 2e-3,
+    "linear": 1e-2, "full": 3e-5, "scratch": 1e-3, "ssf": 5e-3, "bitfit": 5e-3, "ln_tuning": 5e-3,
+    "vpt": 5e-3, "lora": 2e-3, "prefix": 5e-3,
 }
 """Peak learning rates of AdamW where data have no preset; chosen on validation data only. Others: `OTHERWISE`."""
 OTHERWISE = 1e-3
+HEAD_RATES = {"full": 30.0}
+"""Multiples of it for the head: a pre-trained model wants small steps, its new head does not."""
 BUNDLED = {"linear": 1e-2, "full": 5e-4, "scratch": 1e-3, "ssf": 1e-2, "lora": 5e-3}
 """The same for the bundled model and data, where a row has half a minute: few epochs at high rates."""
 BUNDLED_EPOCHS = {"linear": 20}
@@ -60,8 +62,8 @@ def _preset(method: str, spec: str) -> Plan:
 def default_recipe(method: str) -> Recipe:
     """For data without a preset: 20 epochs of AdamW in batches of 32, cosine per update after two epochs of warm-up."""
     decay = 0.05 if method in ("full", "scratch") else 1e-4
-    return Recipe(lr=LEARNING_RATES.get(method, OTHERWISE), weight_decay=decay, epochs=20, batch_size=32,
-                  warmup_epochs=2, min_lr=0.0, schedule="update", decay_1d=False)
+    return Recipe(lr=LEARNING_RATES.get(method, OTHERWISE), head_lr=HEAD_RATES.get(method, 1.0), weight_decay=decay,
+                  epochs=20, batch_size=32, warmup_epochs=2, min_lr=0.0, schedule="update", decay_1d=False)
 
 
 def bundled_recipe(method: str) -> Recipe:
@@ -70,8 +72,8 @@ def bundled_recipe(method: str) -> Recipe:
     The linear probe, whose features are computed once, gets what it needs to converge.
     """
     recipe = default_recipe(method)
-    return replace(recipe, lr=BUNDLED.get(method, recipe.lr), epochs=BUNDLED_EPOCHS.get(method, 7), batch_size=16,
-                   warmup_epochs=0)
+    return replace(recipe, lr=BUNDLED.get(method, recipe.lr), head_lr=1.0, epochs=BUNDLED_EPOCHS.get(method, 7),
+                   batch_size=16, warmup_epochs=0)
 
 
 def override(recipe: Recipe, given: dict[str, Any]) -> Recipe:

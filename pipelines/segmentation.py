@@ -32,7 +32,7 @@ from visionpeft.pipelines.backbone import Backbone, build
 from visionpeft.pipelines.baselines import colour_table
 from visionpeft.pipelines.cell import MOST_CLASSES, BaseCell
 from visionpeft.pipelines.methods import method_name
-from visionpeft.pipelines.recipes import LEARNING_RATES, OTHERWISE, Plan, override
+from visionpeft.pipelines.recipes import HEAD_RATES, LEARNING_RATES, OTHERWISE, Plan, override
 from visionpeft.pipelines.running import Job, Outcome, cells, run, sweep
 from visionpeft.pipelines.segmentation_settings import Config, Settings, Sweep
 from visionpeft.pipelines.settings import Result
@@ -55,10 +55,12 @@ def plan_for(config: Config) -> Plan:
     """AdamW with cosine, cross-entropy and Dice; what the user named goes over it."""
     method = method_name(config.method)
     lr = OTHERWISE if method == "linear" and config.decoder != "linear" else LEARNING_RATES.get(method, OTHERWISE)
-    recipe = Recipe(lr=lr, weight_decay=0.05 if method in ("full", "scratch") else 1e-4, epochs=30, batch_size=8,
-                    warmup_epochs=2, min_lr=0.0, schedule="update", decay_1d=False, augment="scale", dice=1.0)
+    recipe = Recipe(lr=lr, head_lr=HEAD_RATES.get(method, 1.0), epochs=30, batch_size=8, warmup_epochs=2, min_lr=0.0,
+                    weight_decay=0.05 if method in ("full", "scratch") else 1e-4, schedule="update", decay_1d=False,
+                    augment="scale", dice=1.0)
     if config.data == "bundled":
-        recipe = replace(recipe, lr=BUNDLED.get(method, lr), epochs=20, batch_size=16, warmup_epochs=1, augment="flip")
+        recipe = replace(recipe, lr=BUNDLED.get(method, lr), head_lr=1.0, epochs=20, batch_size=16, warmup_epochs=1,
+                         augment="flip")
     given = config.given_recipe()
     if given.get("augment") == "none":
         given["augment"] = None
