@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ def attach(
     Raises:
         SiteError: nothing matches, the method cannot act somewhere, or a module carries a `forward` of its own.
         DeadAdapterError: an adapter never acts.
-        VisionPEFTError: the name is taken, or an adapter is merged.
+        VisionPEFTError: the name is taken, an adapter is merged, or the model is in DDP or FSDP already.
     """
     levers.check(memory)
     backbone = Backbone(model)
@@ -71,6 +72,7 @@ def bind(tuner: Tuner, adapters: dict[Site, Adapter], learnt: Iterable[tuple[str
          values: Mapping[tuple[str, str], Tensor] | None = None) -> Tuner:  # fmt: skip
     """Put built adapters in their places; on any failure take everything off again."""
     backbone = tuner.backbone
+    _check_unwrapped(backbone)
     found = activation.registry(backbone)
     active = found.order if found else ()
     activation.release_samples(backbone)
@@ -134,6 +136,16 @@ def check_name(backbone: Backbone, name: str) -> None:
         raise VisionPEFTError(f"an adapter named {name!r} is attached already: give another name=, or detach it first")
     if merged := [t.name for t in found.tuners.values() if t.merged is not None]:
         raise VisionPEFTError(f"{merged[0]!r} is merged: unmerge it before attaching another")
+
+
+def _check_unwrapped(backbone: Backbone) -> None:
+    """Data parallelism keeps those parameters alike among its processes that it has seen."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = (nn.parallel.DistributedDataParallel, *((fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()))
+    inside = (type(module).__name__ for _, module in backbone.named_modules() if isinstance(module, kinds))
+    if wrapper := backbone.wrapper or next(inside, ""):
+        raise VisionPEFTError(f"the model is in {wrapper} already, whose processes would train what comes now apart "
+                              "from each other: attach or load first, wrap or shard then")
 
 
 def check_sites(method: Method, sites: Sequence[Site], backbone: Backbone) -> None:

@@ -90,9 +90,15 @@ class Backbone:
     Attributes:
         model: what the user gave, without the wrapper of torch.compile or DDP.
         roots: component name -> module; the name is "" for a plain module.
+        wrapper: name of the wrapper of data parallelism, "" without.
     """
 
     def __init__(self, model: Any) -> None:
+        self.wrapper = ""
+        while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):  # torch.compile
+            compiled = hasattr(model, "_orig_mod")
+            self.wrapper = self.wrapper or ("" if compiled else type(model).__name__)
+            model = model._orig_mod if compiled else model.module
         self.roots: dict[str, nn.Module] = _components(model)
         self.model = self.roots.get("", model)
 
@@ -208,8 +214,6 @@ class Backbone:
 
 
 def _components(model: Any) -> dict[str, nn.Module]:
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):  # torch.compile
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
     if isinstance(model, nn.Module):
         return {"": model}
     parts = model if isinstance(model, Mapping) else getattr(model, "components", None)

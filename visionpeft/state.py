@@ -197,6 +197,7 @@ def load(model: Any, path: str | Path, name: str | None = None, *, memory: str =
 
     Raises:
         AdapterFileError: a damaged or foreign file, or one for another model, with the first differing sites.
+        VisionPEFTError: as `attach`.
     """
     levers.check(memory)
     header = read_header(path)

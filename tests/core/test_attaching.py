@@ -340,3 +340,31 @@ def test_copies_of_adapted_models_are_independent_and_detach():
     assert list(vp.tuners(model)) == ["default"]
     tuner.detach()
     assert_same(before, model)
+
+
+def test_what_comes_after_data_parallelism_is_refused(tmp_path):
+    """DDP and FSDP2 keep alike what they saw: adapters that come later would learn apart from each other, silently."""
+    from torch.distributed.fsdp import fully_shard
+
+    def small() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    method = vp.LoRA(rank=1, targets="linear")
+    vp.attach(small(), method, probe=False).save(tmp_path / "a.safetensors")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        sharded = small()
+        fully_shard(sharded[0])
+        ddp = nn.parallel.DistributedDataParallel(small())
+        with pytest.raises(vp.errors.VisionPEFTError, match="in DistributedDataParallel already.*first"):
+            vp.attach({"net": ddp}, method, probe=False)
+        for wrapped, name in ((ddp, "DistributedDataParallel"), (sharded, "FSDPLinear")):
+            for put in (lambda m: vp.attach(m, method, probe=False), lambda m: vp.load(m, tmp_path / "a.safetensors")):
+                with pytest.raises(vp.errors.VisionPEFTError, match=f"in {name} already.*first"):
+                    put(wrapped)
+            assert not vp.tuners(wrapped)
+        model = small()
+        tuner = vp.attach(model, method, probe=False)
+        assert list(vp.tuners(nn.parallel.DistributedDataParallel(model)).values()) == [tuner]
+    finally:
+        torch.distributed.destroy_process_group()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import big_diffusers as big
 import pytest
 import tiny_diffusers as tiny
@@ -150,6 +152,73 @@ def test_switching_is_exact_both_ways():
     for tuner in (cat, ink):
         tuner.detach()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def switchable(model: nn.Module, name: str = "a") -> vp.Tuner:
+    tuner = vp.attach(model, M.SHiRA(rank=1, seed=len(name), targets="linear"), name=name, probe=False)
+    for p in tuner.parameters():
+        nn.init.normal_(p)
+    return tuner
+
+
+def two_linears() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def test_what_was_written_is_taken_out_of_the_weights_that_are_there():
+    """After `.to`, which may replace them, and out of a copy of the model, whose weights are its own."""
+    model, x = two_linears(), torch.randn(2, 4)
+    plain, tuner = model(x), switchable(model)
+    adapted = model(x)
+    shira.switch(None, tuner)
+    model.double()
+    model.float()
+    twin = copy.deepcopy(model)
+    shira.switch(vp.tuners(twin)["a"], None)
+    assert torch.equal(twin(x), plain)
+    torch.testing.assert_close(model(x), adapted)
+    shira.switch(tuner, None)
+    assert torch.equal(model(x), plain)
+
+
+def test_switching_is_seen_by_kept_merges():
+    model, x = two_linears(), torch.randn(2, 4)
+    tuner, lora = switchable(model), vp.attach(model, vp.LoRA(rank=1, targets="linear"), name="lora", probe=False)
+    for p in lora.parameters():
+        nn.init.normal_(p)
+    vp.activate(model, "lora")
+    lora.merge(keep=True)
+    with pytest.raises(MergeError, match="'lora' is merged: unmerge it to switch"):
+        shira.switch(None, tuner)
+    lora.unmerge()
+    shira.switch(None, tuner)
+    both = model(x)
+    lora.merge(keep=True)
+    torch.testing.assert_close(model(x), both)
+    with pytest.raises(MergeError, match="'lora' is merged: unmerge it to switch"):
+        shira.switch(tuner, None)
+
+
+def test_what_switching_cannot_write_to_is_refused():
+    model = two_linears()
+    first, second = switchable(model, "a"), switchable(model, "bb")
+    shira.switch(None, first)
+    with pytest.raises(MergeError, match="'a' is in the weights: take that out first"):
+        shira.switch(None, second)
+    shira.switch(first, second)
+    tied = two_linears()
+    tied[1].weight = tied[0].weight
+    with pytest.raises(MergeError, match="1 and 0 share one weight"):
+        shira.switch(None, switchable(tied))
+    normed = two_linears()
+    nn.utils.parametrizations.weight_norm(normed[1])
+    before = copy.deepcopy(normed.state_dict())
+    tuner = switchable(normed)
+    with pytest.raises(MergeError, match="1: the weight is computed from others"):
+        shira.switch(None, tuner)
+    tuner.detach()
+    assert all(torch.equal(normed.state_dict()[key], value) for key, value in before.items())
 
 
 @pytest.mark.parametrize("name", ["unet", "sd3", "flux"])

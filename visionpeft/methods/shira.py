@@ -133,14 +133,22 @@ def switch(take: Tuner | None, put: Tuner | None) -> None:
     Places differ from one another, so that they are copied by `index_copy_`, seven times faster here than indexing.
 
     Raises:
-        MergeError: `take` is not in, or `put` is in or merged; or diffusers' projections are fused, in a copy that
-            would not change.
+        MergeError: `take` is not in, or `put` or another is in; something is merged; a weight is shared by sites or
+            computed from others; or diffusers' projections are fused, in a copy that would not change.
     """
     if put is not None:
         _check(put)
+    if take is not None and take.written is None:
+        raise MergeError(f"{take.name!r} was not put into the weights by `switch`")
+    for tuner in (take, put):
+        if tuner is not None:
+            _check_others(tuner, take)
     if take is not None:
-        for flat, places, before in _pop(take):
-            flat.index_copy_(0, places, before)
+        written: list[tuple[nn.Module, SHiRAAdapter, Tensor]] = take.written
+        take.written = None
+        for module, adapter, before in written:
+            flat = _flat(module)
+            flat.index_copy_(0, adapter.places, before.to(flat))
         _mark(take, False)
     if put is None:
         return
@@ -149,23 +157,46 @@ def switch(take: Tuner | None, put: Tuner | None) -> None:
     put.written = []
     for site, adapter in put.adapters.items():
         assert isinstance(adapter, SHiRAAdapter)
-        weight: Tensor = put.backbone.module(site.path).weight  # type: ignore[assignment]
-        flat, places = weight.data.view(-1), adapter.places
+        module = put.backbone.module(site.path)
+        flat, places = _flat(module), adapter.places
         before = flat.index_select(0, places)
         flat.index_copy_(0, places, torch.add(before, adapter.values, alpha=put.scale).to(flat.dtype))
-        put.written.append((flat, places, before))
+        put.written.append((module, adapter, before))
     _mark(put, True)
+
+
+def _flat(module: nn.Module) -> Tensor:
+    """The weight in one row, by storage and version the parameter itself; looked up anew, for `.to` may replace it."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.detach().view(-1)
 
 
 def _check(put: Tuner) -> None:
     if put.written is not None or put.merged is not None:
         raise MergeError(f"{put.name!r} is in the weights already")
+    weights: dict[int, Site] = {}
     for site, adapter in put.adapters.items():
         if not isinstance(adapter, SHiRAAdapter) or site.host or site.rows:
             raise MergeError(f"{site}: switching is for SHiRA on whole Linears")
         owner = site.path.rpartition(".")[0]
         if owner and reads_copy(put.backbone.module(owner)):
             raise MergeError(f"{site} is fused with its neighbours in a copy: unfuse_qkv_projections to switch")
+        weight = put.backbone.module(site.path)._parameters.get("weight")
+        if weight is None:
+            raise MergeError(f"{site}: the weight is computed from others (parametrize, weight_norm)")
+        if (other := weights.setdefault(id(weight), site)) is not site:
+            raise MergeError(f"{site} and {other} share one weight, which would get what both add")
+
+
+def _check_others(tuner: Tuner, take: Tuner | None) -> None:
+    """Nobody else may be in the weights, who would put back what stood there before."""
+    found = activation.registry(tuner.backbone)
+    for other in found.tuners.values() if found else ():
+        if other.merged is not None:
+            raise MergeError(f"{other.name!r} is merged: unmerge it to switch")
+        if other.written is not None and other not in (tuner, take):
+            raise MergeError(f"{other.name!r} is in the weights: take that out first")
 
 
 def _mark(tuner: Tuner, written: bool) -> None:
@@ -174,14 +205,6 @@ def _mark(tuner: Tuner, written: bool) -> None:
         held = binding.holder(tuner.backbone.module(site.path))
         assert held is not None
         held.written = written
-
-
-def _pop(tuner: Tuner) -> list[tuple[Tensor, Tensor, Tensor]]:
-    written: list[tuple[Tensor, Tensor, Tensor]] | None = tuner.written
-    if written is None:
-        raise MergeError(f"{tuner.name!r} was not put into the weights by `switch`")
-    tuner.written = None
-    return written
 
 
 def _rest(tuner: Tuner) -> None:
