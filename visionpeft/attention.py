@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from visionpeft import binding
+from visionpeft import backbones, binding
 from visionpeft.binding import Mixin
 from visionpeft.errors import VisionPEFTError, require
+from visionpeft.multihead import MultiheadSite
 
 USER = "*attention"  # under which the dressed modules hold our mixin
 SCORES = 2**22
@@ -62,6 +63,7 @@ def set_attention(model: nn.Module, backend: str | None = "auto", trained_tokens
 
     Raises:
         AttentionError: no such backend, it cannot run here, or the model has no attention that is known.
+        SiteError: one carries a `forward` of its own; nothing was changed.
     """
     if backend is not None and backend not in BACKENDS:
         raise AttentionError(f"unknown attention backend {backend!r}: one of {', '.join(BACKENDS)}, or None")
@@ -70,15 +72,20 @@ def set_attention(model: nn.Module, backend: str | None = "auto", trained_tokens
     found = list(_attention_modules(model))
     if not found:
         raise AttentionError(f"no attention module that is known in this {type(model).__name__}")
+    if backend is None:
+        for _, module, held in list(binding.holders(model)):
+            if USER in held.users:
+                held.attention = None
+                binding.release(module, USER)
+        return len(found)
     for module in found:
-        if backend is None:
-            binding.release(module, USER)
-            continue
-        held = binding.grip(module, USER, AttentionSite)
-        held.attention = (backend, trained_tokens)
-        if hasattr(module, "fused_attn"):  # timm's own switch between sdpa and written out
-            held.saved.setdefault("fused_attn", module.fused_attn)
-            module.fused_attn = True  # type: ignore[assignment]
+        binding.check_forward(module, [AttentionSite])
+    for module in found:
+        mixins = (MultiheadSite,) if isinstance(module, nn.MultiheadAttention) else ()
+        binding.grip(module, USER, AttentionSite, *mixins).attention = (backend, trained_tokens)
+    for module, attribute, value in list(_switches(model)):
+        binding.switch(module, USER, attribute, value)
+        binding.throw_switches(module, module.peft, module.peft.active)  # type: ignore[arg-type, union-attr]
     return len(found)
 
 
@@ -111,6 +118,17 @@ def _attention_modules(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def _switches(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """What must be set so that the attention modules are called, and call torch's function."""
+    for module in _attention_modules(model):
+        if hasattr(module, "fused_attn"):  # timm's own switch between sdpa and written out
+            yield module, "fused_attn", True
+    for _, module in binding.walk(model, "", set()):
+        for name, child in module.named_children():
+            if any(isinstance(m, nn.MultiheadAttention) for m in child.modules()):
+                yield from ((module, *item) for item in backbones.switches(module, name).items())
+
+
 class AttentionSite(Mixin):
     """A module under which torch's attention function is answered by a backend."""
 
@@ -134,7 +152,7 @@ class _Answer(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        call = _parse(*args, **kwargs)
+        call = _cast(_parse(*args, **kwargs))
         n = call.q.shape[-2]
         if self.trained_tokens and n == call.k.shape[-2] and n > 1:
             factor = math.sqrt(math.log(n) / math.log(self.trained_tokens))
@@ -145,6 +163,16 @@ class _Answer(TorchFunctionMode):
 def _parse(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
            is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Call:  # fmt: skip
     return Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _cast(call: Call) -> Call:
+    """The call in the type that autocast has for torch's function, so that no backend mixes types."""
+    device = call.q.device.type
+    if not torch.is_autocast_enabled(device) or call.q.dtype == torch.float64:
+        return call
+    dtype = torch.get_autocast_dtype(device)
+    mask = call.mask if call.mask is None or call.mask.dtype == torch.bool else call.mask.to(dtype)
+    return call._replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype), mask=mask)
 
 
 # ---- backends

@@ -58,7 +58,7 @@ class Holder(nn.Module):
         mixed: each sample has its own adapter, and only the root (with `samples` and `backbone`) may say which acts.
         chain: blocks among which this one is undone in backward, and its place there: first, middle or last.
         attention: backend and number of tokens that `set_attention` chose.
-        switches: attributes of the module and their values while an adapter acts, saved: their values before.
+        switches: attribute of the module -> {user: its value while that user acts}; saved: their values before.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Holder(nn.Module):
         self.tap: Tap | None = None
         self.taps: tuple[Tap, ...] = ()
         self.saved: dict[str, Any] = {}
-        self.switches: dict[str, Any] = {}
+        self.switches: dict[str, dict[str, Any]] = {}
         self.live: dict[str, str] = {}
         self.aside: dict[str, Tensor | None] = {}
         self.thawed = False
@@ -238,11 +238,7 @@ def grip(module: nn.Module, name: str, *mixins: type[Mixin]) -> Holder:
         SiteError: the instance carries a `forward` of its own, which would shadow the binding.
     """
     drop_leftover(module)
-    if shadowed(module, mixins):
-        raise SiteError(
-            f"a {type(module).__name__} carries an instance-level `forward` (accelerate and LyCORIS put one there): "
-            "it would shadow the adapter. Remove that wrapper first, attach, then wrap again."
-        )
+    check_forward(module, mixins)
     if holder(module) is None:
         if hasattr(module, SLOT):
             raise SiteError(f"a {type(module).__name__} has an attribute {SLOT!r} of its own, the name that we need")
@@ -265,6 +261,14 @@ def shadowed(module: nn.Module, mixins: Iterable[type[Mixin]]) -> bool:
     return "forward" in module.__dict__ and any("forward" in vars(mixin) for mixin in mixins)
 
 
+def check_forward(module: nn.Module, mixins: Iterable[type[Mixin]]) -> None:
+    if shadowed(module, mixins):
+        raise SiteError(
+            f"a {type(module).__name__} carries an instance-level `forward` (accelerate and LyCORIS put one there): "
+            "it would shadow the adapter. Remove that wrapper first, attach, then wrap again."
+        )
+
+
 def drop_leftover(module: nn.Module) -> None:
     """Take an instance-level `forward` off that is the class's own: accelerate leaves it when its hooks are removed."""
     own = module.__dict__.get("forward")
@@ -283,6 +287,9 @@ def release(module: nn.Module, name: str) -> None:
     held.hidden = tuple(n for n in held.hidden if n != name)
     held._modules.pop(name, None)
     held.act(tuple(n for n in held.active if n != name))
+    for values in held.switches.values():
+        values.pop(name, None)
+    throw_switches(module, held, held.active)
     if not held.users:
         for attribute, value in held.saved.items():
             setattr(module, attribute, value)
@@ -311,14 +318,17 @@ def switch(module: nn.Module, name: str, attribute: str, value: Any) -> None:
     """Have an attribute set whenever `name` acts, see `throw_switches`."""
     held = grip(module, name)
     held.saved.setdefault(attribute, getattr(module, attribute))
-    held.switches[attribute] = value
+    held.switches.setdefault(attribute, {})[name] = value
 
 
 def throw_switches(module: nn.Module, held: Holder, active: tuple[str, ...]) -> None:
-    """Switched attributes take effect while one of their users acts, and are as before while none does."""
-    acts = any(name in held.users for name in active)
-    for attribute, value in held.switches.items():
-        setattr(module, attribute, value if acts else held.saved[attribute])
+    """Switched attributes take effect while one of their users acts, and are as before while none does.
+
+    Users whose names begin with "*" are no adapters, and always act.
+    """
+    for attribute, values in held.switches.items():
+        acting = [value for name, value in values.items() if name in active or name.startswith("*")]
+        setattr(module, attribute, acting[0] if acting else held.saved[attribute])
 
 
 def walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

@@ -1,8 +1,9 @@
 """`nn.MultiheadAttention` with adapters on query, key, value and output projection.
 
 torch's own forward reads `in_proj_weight` and `out_proj.weight` as raw parameters, so that a hook on `out_proj` never
-fires. While adapters act, this forward takes its place: projections with their adapters, then SDPA. What SDPA cannot
-give (attention weights, bias_kv, zero_attn, unbatched input) goes to torch's forward with adapted weights lent to it.
+fires. While adapters act, or `set_attention` has chosen a backend, this forward takes its place: projections with their
+adapters, then SDPA. What SDPA cannot give (attention weights, bias_kv, zero_attn, unbatched input) goes to torch's
+forward with adapted weights lent to it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class MultiheadSite(Mixin):
                 is_causal: bool = False) -> Any:  # fmt: skip
         adapters = self.peft.acting()
         rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        if not adapters:
+        if not adapters and self.peft.attention is None:
             return super().forward(query, key, value, *rest)  # type: ignore[misc]
         hint = is_causal and attn_mask is None  # torch refuses that itself
         if hint or need_weights or self.bias_k is not None or self.add_zero_attn or query.dim() == 2:  # type: ignore[attr-defined]

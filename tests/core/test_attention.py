@@ -164,6 +164,81 @@ def test_the_switch_outlives_adapters_and_merges():
     assert len(asked) == 2
 
 
+def encoder() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval(), (torch.randn(2, 5, 8),)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["gradients", "no gradients"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("make", [clip, encoder])
+def test_torchs_attention_is_answered_without_adapters_too(make, train, grad, monkeypatch):
+    """It dispatches itself past the switch, and its layers past it in eval; adapters and merging change nothing."""
+    model, x = make()
+    model.train(train)
+    fields = [dict(vars(m)) for m in model.modules()]
+    asked: list = []
+    monkeypatch.setitem(attention.BACKENDS, "math", _spy(attention.BACKENDS["math"], asked))
+    count = vp.set_attention(model, "math", trained_tokens=50)
+    with torch.set_grad_enabled(grad):
+        y = _tensors(model(*x))
+        assert len(asked) == count > 0
+        tuner = vp.attach(model, vp.LoRA(rank=2, targets="query value"), probe=False)
+        for act in (lambda: None, tuner.merge, tuner.unmerge, tuner.detach):
+            act()
+            for a, b in zip(_tensors(model(*x)), y, strict=True):
+                torch.testing.assert_close(a, b)
+        assert len(asked) == 5 * count
+        vp.set_attention(model, None)
+        model(*x)
+    assert len(asked) == 5 * count and [dict(vars(m)) for m in model.modules()] == fields
+
+
+def _tensors(found) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else [t for t in found if isinstance(t, Tensor)]
+
+
+def test_all_is_put_back_while_adapters_stay():
+    model, _ = vit()
+    model.blocks[0].attn.fused_attn = False
+    tuner = vp.attach(model, vp.methods.PrefixTuning(tokens=2))
+    vp.set_attention(model, "sdpa")
+    assert all(block.attn.fused_attn for block in model.blocks)
+    vp.set_attention(model, None)
+    assert [block.attn.fused_attn for block in model.blocks] == [False, True]
+    tuner.detach()
+    assert [block.attn.fused_attn for block in model.blocks] == [False, True]
+
+
+def test_a_forward_of_its_own_is_refused_before_anything_changes():
+    model, _ = vit()
+    kinds = [type(m) for m in model.modules()]
+    plain = model.blocks[1].attn.forward
+    model.blocks[1].attn.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    with pytest.raises(vp.errors.SiteError, match="instance-level"):
+        vp.set_attention(model, "math")
+    assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_autocast_the_types_are_torchs(backend, monkeypatch):
+    """Normed queries and keys are wider than the values."""
+    from diffusers.models.attention_processor import Attention
+
+    monkeypatch.setattr(attention, "WORTH", 0)
+    torch.manual_seed(0)
+    model, x = Attention(8, heads=2, dim_head=4, qk_norm="rms_norm", eps=1e-5), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        vp.set_attention(model, backend)
+        y = model(x)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    y.float().sum().backward()
+    assert all(p.grad is not None for p in model.to_v.parameters())
+
+
 def test_the_scale_for_other_resolutions_keeps_the_entropy():
     """Random queries and keys (arXiv 2306.08645): plainly the entropy grows with the tokens, scaled much less so."""
 
