@@ -110,6 +110,14 @@ class Adapter(Forgiving):
         for name, value in self.state_dict(keep_vars=True).items():
             value.copy_(tensors[name])
 
+    def reloaded(self, weight: Tensor, alone: bool) -> str | None:
+        """Called when the site's module loads its weight from a state dict; what is wrong with it, if anything is.
+
+        Args:
+            alone: the state dict has nothing of adapters there.
+        """
+        return None
+
     @classmethod
     def overrides(cls, name: str) -> bool:
         """Whether this kind of adapter says what `name` (forward, weight, ...) does."""

@@ -193,6 +193,15 @@ class Mixin:
     stays: ClassVar[bool] = False
     peft: Holder
 
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+        if f"{prefix}weight" in state_dict:
+            alone = not any(key.startswith(f"{prefix}{SLOT}.") for key in state_dict)
+            boxes: list[Any] = [self.peft._modules[name] for name in self.peft.users if name in self.peft._modules]
+            for adapter in [adapter for box in boxes for adapter in box.values() if adapter.kind]:
+                if (wrong := adapter.reloaded(self.weight, alone)) is not None:  # type: ignore[attr-defined]
+                    errors.append(wrong)
+
 
 class FrozenStatistics(Mixin):
     """A BatchNorm whose running statistics stay as they are."""

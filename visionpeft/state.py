@@ -335,4 +335,7 @@ def _fill(built: dict[Site, Any], header: dict[str, Any], tensors: dict[str, Ten
                 got = "nothing" if source is None else tuple(source.shape)
                 raise AdapterFileError(f"{path}: {site}.{name} is {got}, expected {tuple(value.shape)}")
         if not any(value.is_meta for value in own.values()):
-            adapter.fill({name: tensors[key] for name, key in entry["tensors"].items()})
+            try:
+                adapter.fill({name: tensors[key] for name, key in entry["tensors"].items()})
+            except AdapterFileError as error:
+                raise AdapterFileError(f"{path}: {site}: {error}") from None

@@ -92,7 +92,38 @@ def test_svfit(rank):
     nn.init.normal_(adapter.s)
     new = torch.cat([adapter.s, s[r:]])
     check(module, u @ torch.diag(new) @ v, [adapter.s])
-    assert list(adapter.state_dict()) == ["s"]
+    assert list(adapter.state_dict()) == ["s", "start"]
+
+
+def test_svfit_knows_its_weights(tmp_path):
+    """Loaded before it has learnt they are decomposed anew; afterwards, and from a file of others, they are refused."""
+
+    def net(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double()
+
+    x, base = torch.randn(3, 6).double(), net(1)
+    model = net(0)
+    tuner = vp.attach(model, M.SVFit(rank=2, targets="linear"), probe=False)
+    model.load_state_dict(base.state_dict())
+    assert torch.equal(model(x), base(x))
+    for p in tuner.parameters():
+        nn.init.normal_(p)
+    y = model(x)
+    model.load_state_dict(base.state_dict())  # the same weights
+    assert torch.equal(model(x), y)
+    tuner.save(tmp_path / "a.safetensors")
+    twin = net(1)
+    vp.load(twin, tmp_path / "a.safetensors", probe=False)
+    assert torch.equal(twin(x), y)
+    with pytest.raises(vp.errors.AdapterFileError, match="a.safetensors: 0: SVFit belongs to the weights"):
+        vp.load(net(2), tmp_path / "a.safetensors", probe=False)
+    with pytest.raises(RuntimeError, match="SVFit at 0 has learnt on other weights"):
+        model.load_state_dict(net(2).state_dict())
+    whole = net(4)
+    vp.attach(whole, M.SVFit(rank=2, targets="linear"), name="a", probe=False)
+    whole.load_state_dict(twin.state_dict())  # weights and what was learnt on them
+    assert torch.equal(whole(x), y)
 
 
 # ---- SHiRA ----------------------------------------------------------------------------------------------------------

@@ -146,9 +146,9 @@ def switch(take: Tuner | None, put: Tuner | None) -> None:
     if take is not None:
         written: list[tuple[nn.Module, SHiRAAdapter, Tensor]] = take.written
         take.written = None
-        for module, adapter, before in written:
+        for module, own, before in written:
             flat = _flat(module)
-            flat.index_copy_(0, adapter.places, before.to(flat))
+            flat.index_copy_(0, own.places, before.to(flat))
         _mark(take, False)
     if put is None:
         return
