@@ -123,6 +123,7 @@ def set_active(backbone: Backbone, wanted: Sequence[tuple[Tuner, float]]) -> Non
     _check_merged(found, [tuner for tuner, _ in wanted])
     for tuner, strength in wanted:
         tuner.check_strength(strength)
+    _check_there([tuner for tuner, _ in wanted])
     _check_shared([tuner for tuner, _ in wanted])
     check_offloaded(backbone)
     release_samples(backbone)
@@ -167,9 +168,25 @@ def release_samples(backbone: Backbone) -> None:
             held.mixed = False
 
 
+def _check_there(wanted: Sequence[Tuner]) -> None:
+    for tuner in wanted:
+        for path, _ in tuner.in_place:
+            if binding.holder(tuner.backbone.module(path)) is None:
+                raise _replaced(path)
+
+
+def _replaced(path: str) -> VisionPEFTError:
+    return VisionPEFTError(f"{path or 'the root'} was replaced since an adapter was attached: detach it, attach again")
+
+
 def _check_merged(found: Registry, wanted: Sequence[Tuner]) -> None:
-    """Where one adapter is merged into a tensor, no other's copy of it can stand."""
+    """Where one adapter is merged, no other can act before it, and no other's copy of a tensor can stand."""
     for merged in (t for t in found.tuners.values() if t.merged is not None):
+        before = [t for t in wanted[: wanted.index(merged)] if t.merged is None] if merged in wanted else []
+        for other in before:
+            if here := {site.path for site in merged.adapters} & {site.path for site in other.adapters}:
+                raise VisionPEFTError(f"{merged.name!r} is merged, so that it acts before {other.name!r} at "
+                                      f"{min(here)}: name it first, or unmerge it")
         written = {(id(w.module), w.name) for w in merged.merged or ()}
         for other in wanted:
             for path, name in other.in_place if other is not merged else ():
@@ -228,9 +245,7 @@ def _settle(module: nn.Module, path: str, name: str, owners: list[Tuner], everyo
     if held is None and not owners:
         return  # replaced by its owner, and nobody of ours acts there
     if held is None:
-        raise VisionPEFTError(
-            f"{path or 'the root'} was replaced since an adapter was attached: detach it, attach again"
-        )
+        raise _replaced(path)
     if name in held.live:  # back to where it waits
         owner = held.live.pop(name)
         put_waiting(held, owner, name, binding.get_tensor(module, name))

@@ -164,7 +164,8 @@ def _untouched(tuner: Tuner) -> Iterator[None]:
     modes = [m.training for m in modules]
     buffers = [(m, n, b, b.detach().clone()) for m in modules for n, b in m._buffers.items() if b is not None]
     buffers = [entry for entry in buffers if not isinstance(entry[0], binding.Holder)]
-    devices = {b.device for _, _, b, _ in buffers if b.device.type == "cuda"}
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    devices = {t.device for t in tensors if t.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
             yield

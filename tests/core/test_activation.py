@@ -137,3 +137,38 @@ def test_adapters_that_rest_are_not_walked_through():
     assert before[1] == 2 + 1 and "blocks.0.attn.qkv" in before[0]
     vp.attach(model, vp.LoRA(rank=2), name="b", probe=False)
     assert before == ([path for path, _ in binding.walk(model, "", set())], len(list(binding.holders(model))))
+
+
+def test_a_merged_adapter_acts_first():
+    """SSF and LoRA at one site do not commute: the order that is asked for acts, or is refused."""
+    torch.manual_seed(0)
+    model, x = vit().double(), image().double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ssf = vp.attach(model, vp.SSF(targets="qkv"), name="ssf", probe=False)
+        vp.attach(model, vp.LoRA(rank=2, targets="qkv"), name="lora", probe=False)
+        vp.attach(model, vp.LoRA(rank=2, targets="attn_out"), name="elsewhere", probe=False)
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, 1, 0.3)
+    vp.activate(model, {"ssf": 1, "lora": 1, "elsewhere": 1})
+    y = model(x)
+    ssf.merge()
+    torch.testing.assert_close(model(x), y)
+    with pytest.raises(vp.VisionPEFTError, match="'ssf' is merged, so that it acts before 'lora' at blocks.0.attn.qkv"):
+        vp.activate(model, {"lora": 1, "ssf": 1, "elsewhere": 1})
+    vp.activate(model, {"elsewhere": 1, "ssf": 1, "lora": 1})
+    torch.testing.assert_close(model(x), y)
+
+
+def test_a_replaced_classifier_is_refused_before_anything_changes():
+    model, x, cat, ink = two()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuner = vp.attach(model, vp.LoRA(rank=2, targets="fc1"), name="headed", train="head", probe=False)
+    vp.activate(model, {"cat": 0.5})
+    model.head = nn.Linear(model.head.in_features, 2).double()
+    y = model(x)
+    with pytest.raises(vp.VisionPEFTError, match="head was replaced since"):
+        vp.activate(model, "headed")
+    assert torch.equal(model(x), y) and not tuner.active and cat.active and cat.scale == 0.5

@@ -79,19 +79,19 @@ def test_a_write_to_the_output_does_not_spoil_them(source):
 
 def test_a_scale_too_small_to_invert_is_not_inverted():
     """In single precision y - beta holds nothing of z where gamma is 1e-9."""
-    for least, tolerance in ((1e-9, 1e-5), (0.0, 1e-5)):
+    for least, past_versions in ((1e-9, False), (0.0, False), (0.0, True)):
         model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 5)).requires_grad_(False)
         tuner = vp.attach(model, vp.SSF(targets="1"), probe=False)
         adapter = tuner.adapters["1"] if "1" in tuner.adapters else next(iter(tuner.adapters.values()))
         adapter.source = "output"
-        with torch.no_grad():
-            adapter.gamma[0] = least
         x = torch.randn(4, 6, requires_grad=True)
+        model(x)  # has looked at gamma
+        (adapter.gamma.data if past_versions else adapter.gamma.detach())[0] = least
         model(x).square().sum().backward()
         z = model[1].weight @ model[0](x).T + model[1].bias[:, None]
         g = adapter.gamma.detach().clone().requires_grad_()
         model[3](F.gelu(g * z.T + adapter.beta.detach())).square().sum().backward()
-        assert torch.allclose(adapter.gamma.grad, g.grad, rtol=tolerance, atol=1e-6)
+        assert torch.allclose(adapter.gamma.grad, g.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_side_by_side_are_one_rescaling():

@@ -242,6 +242,32 @@ def test_spt_on_convs_and_on_torchs_attention(tmp_path):
     assert_equal(model(x).detach(), y)
 
 
+@pytest.mark.parametrize("layers", [2, (1, 1, 1, 1)], ids=["ViT", "ResNet"])
+@pytest.mark.parametrize("custom", [False, True], ids=["torch's attention", "its own"])
+def test_spt_on_clip(layers, custom):
+    """Rows of in_proj_weight, the pooling's projections; what a plan counts is what is attached and what learns."""
+    import open_clip
+
+    side = 32 if isinstance(layers, tuple) else 8
+    vision = {"layers": layers, "width": 8, "head_width": 4, "patch_size": 4, "image_size": side,
+              "block_type": "custom" if custom else None}
+    text = {"context_length": 5, "vocab_size": 20, "width": 8, "heads": 2, "layers": 2}
+    torch.manual_seed(0)
+    model = open_clip.CLIP(8, vision, text).eval()
+    scores = {name: torch.rand_like(p) * torch.rand(()) for name, p in model.named_parameters()}
+    ranking = spt.Ranking(vp.sites.Backbone(model), scores, vp.LoRA(rank=1), 3000)
+    total, plan = ranking.plan(3000 if side == 32 else 600, alpha=2, beta=5)
+    assert plan.structured and plan.sparse
+    names = {name.partition(":")[0] for name in (*plan.structured, *plan.sparse)}
+    assert any("attn" in name for name in names) and not any("projection" in name for name in names)
+    tuner = shake(vp.attach(model, plan, probe=False))
+    assert tuner.num_parameters == total
+    x = torch.randn(2, 3, side, side), torch.randint(1, 20, (2, 5))
+    image, words = model(*x)[:2]
+    (image.sum() + words.sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tuner.parameters())
+
+
 def test_what_cannot_be_allocated_says_so():
     model, scores = scored()
     with pytest.raises(vp.errors.MethodError, match="allocate"):

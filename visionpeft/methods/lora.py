@@ -71,6 +71,8 @@ class LoRA(Method):
         out, width = site.shape[0], math.prod(site.shape[1:])
         if site.path not in (self.ranks or {}) and self.rank > min(out, width):
             return f"rank {self.rank} is above the {out} x {width} matrix: choose at most {min(out, width)}"
+        if getattr(module, "sparse", False):
+            return "its gradients are sparse, and those of an adapter are not: make it with sparse=False"
         own_branch = site.host or _plain_conv(module) or base_class(module).forward is nn.Linear.forward
         if self.dropout and not own_branch:
             return "dropout needs the adapter's own branch, and here only the weight can be adapted: set dropout=0"

@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionpeft import multihead
+from visionpeft import hosts
 from visionpeft.adapter import Adapter, Method, factory
 from visionpeft.errors import MethodError, SiteError
 from visionpeft.methods import sparse
 from visionpeft.sites import Backbone, Site, inside
+from visionpeft.targets import APART
 
 ALWAYS = ("cls_token", "class_token", "class_embedding")
 UNRANKED = (*ALWAYS, "pos_embed", "position_embedding", "positional_embedding", "position_embeddings")
@@ -242,8 +243,9 @@ def _join(path: str, name: str) -> str:
 
 
 def _matrices(backbone: Backbone) -> list[Site]:
-    """Every weight of a Linear or conv, by its parts where it has parts; not head nor patch embedding."""
-    sites = [s for s in backbone.sites() if s.kind in ("linear", "conv") and s.role not in ("head", "patch_embed")]
+    """Every weight of a Linear or conv, by its parts where it has parts; not head, projection nor patch embedding."""
+    apart = (*APART, "patch_embed")
+    sites = [s for s in backbone.sites() if s.kind in ("linear", "conv") and s.role not in apart]
     split = {s.path for s in sites if s.part and not s.host}
     return [s for s in sites if s.part or s.path not in split]
 
@@ -269,8 +271,9 @@ def _scored(name: str, scores: Mapping[str, Tensor]) -> Tensor:
 
 def _scores_of(site: Site, backbone: Backbone, scores: Mapping[str, Tensor]) -> Tensor:
     if site.host:
-        place = multihead.places(backbone.module(site.host_path))[site.place]
-        return _scored(f"{site.path}.{place[1]}", scores)[place[3]]
+        place = hosts.place(backbone.module(site.host_path), site.place)
+        path = next(path for path, module in backbone.named_modules() if module is place.module)
+        return _scored(_join(path, place.weight), scores)[place.rows]
     whole = _scored(_join(site.path, "weight"), scores)
     return whole[slice(*site.rows)] if site.rows else whole
 

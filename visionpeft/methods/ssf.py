@@ -90,12 +90,12 @@ class Rescaling(Adapter):
         return gamma, beta, source
 
     def _invertible(self, gamma: Tensor) -> bool:
-        """Whether no scale is near zero; looked at once per update, since the answer has to come to the host."""
+        """Whether no scale is near zero; an accelerator, whose answer takes waiting, is asked once per update."""
         if is_traced(gamma):
             return True  # plain torch runs there, and keeps what it needs
         version = self.gamma._version
         known = _LOOKED_AT.get(self)
-        if known is None or known[0] != version:
+        if known is None or known[0] != version or gamma.device.type == "cpu":  # writing through .data has no version
             known = _LOOKED_AT[self] = version, bool(gamma.detach().abs().min() > _LEAST)
         return known[1]
 
