@@ -138,3 +138,9 @@ def test_targets_that_match_nothing_are_named():
 def test_a_rank_above_the_matrix_is_named():
     with pytest.raises(SiteError, match=r"blocks\.0\.attn\.qkv:query.*rank 25"):
         vp.attach(zoo.plain("vit"), vp.LoRA(rank=25))
+
+
+def test_lora_refuses_sparse_gradients():
+    model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 2))
+    with pytest.raises(SiteError, match="cannot act at 0 .*sparse=False"):
+        vp.attach(model, vp.LoRA(rank=2, targets="embed"), probe=False)
