@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from visionpeft.errors import VisionPEFTError, require
@@ -46,6 +47,16 @@ def build(backbone: Backbone, num_classes: int, *, pretrained: bool = True, drop
         seed_all(seed)
         return _nano(backbone, num_classes, pretrained, drop_path, any_size)
     return _timm(backbone, num_classes, pretrained, drop_path, seed, any_size)
+
+
+def takes_size(backbone: Backbone) -> bool:
+    """Whether a timm model of this name is made for a size of images, as convolutional ones are not."""
+    try:
+        with torch.device("meta"):
+            require("timm", extra="timm").create_model(backbone.name, img_size=backbone.img_size)
+    except TypeError as error:
+        return "'img_size'" not in str(error)
+    return True
 
 
 def _nano(backbone: Backbone, num_classes: int, pretrained: bool, drop_path: float, any_size: bool) -> nn.Module:

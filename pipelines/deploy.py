@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import visionpeft as vp
 from visionpeft import data
+from visionpeft.data.images import EXTENSIONS
 from visionpeft.errors import AdapterFileError, DataError
-from visionpeft.pipelines.backbone import Backbone, build
+from visionpeft.models import nano
+from visionpeft.pipelines.backbone import Backbone, build, takes_size
 from visionpeft.training import runs
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass
@@ -110,7 +110,7 @@ def image_files(images: str | Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    return files_below(images, SUFFIXES, "images")
+    return files_below(images, EXTENSIONS, "images")
 
 
 def files_below(given: str | Path, suffixes: Sequence[str], what: str) -> list[Path]:
@@ -118,7 +118,8 @@ def files_below(given: str | Path, suffixes: Sequence[str], what: str) -> list[P
     path = Path(given)
     if path.is_file():
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+    found = sorted(p for p in path.rglob("*")
+                   if p.suffix.lower() in suffixes and p.is_file() and not p.name.startswith("."))
     if not found:
         raise DataError(f"{path}: no {what} ({', '.join(suffixes)}) found here")
     return found
@@ -164,7 +165,7 @@ def prediction(path: Path, chances: Tensor, classes: list[str], multi_label: boo
     ranked = [(classes[int(i)], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
     label = ranked[0][0]
     if multi_label:
-        label = " ".join(name for name, p in zip(classes, chances, strict=True) if p > 0.5)
+        label = ";".join(name for name, p in zip(classes, chances, strict=True) if p > 0.5)
     return Prediction(str(path), label, ranked[0][1], ranked[1:])
 
 
@@ -247,12 +248,18 @@ def export(model: nn.Module, path: Path, size: tuple[int, int]) -> None:
 
 def loading_line(deployed: Deployed, path: Path) -> str:
     """Python that loads merged weights: without this library, but for decoders of segmentation."""
+    backbone, classes = deployed.backbone, len(deployed.classes)
     if deployed.task == "segmentation":
-        made = f"{deployed.backbone}, {len(deployed.classes)}, {deployed.metadata['decoder']!r}, " \
-               f"{deployed.metadata['channels']}, pretrained=False"
-        return (f"visionpeft.pipelines.segmentation.make_model({made})"
-                f'.load_state_dict(safetensors.torch.load_file("{path}"))')
-    name, size = deployed.backbone.name, deployed.backbone.img_size
-    extra = f", img_size={size}" if size is not None else ""
-    return (f'timm.create_model("{name}", num_classes={len(deployed.classes)}{extra})'
-            f'.load_state_dict(safetensors.torch.load_file("{path}"))')
+        imports = ["from visionpeft.pipelines.backbone import Backbone",
+                   "from visionpeft.pipelines.segmentation import make_model"]
+        given = f"{deployed.metadata['decoder']!r}, {deployed.metadata['channels']}, pretrained=False"
+        made = f"make_model(Backbone({backbone.name!r}, img_size={backbone.img_size}), {classes}, {given})"
+    elif backbone.name in nano.ARCHITECTURES:
+        imports = ["from visionpeft.models import nano"]
+        made = f"nano.create({backbone.name!r}, pretrained=False, num_classes={classes})"
+    else:
+        imports, size = ["import timm"], backbone.img_size
+        extra = f", img_size={size}" if size is not None and takes_size(backbone) else ""
+        made = f"timm.create_model({backbone.name!r}, num_classes={classes}{extra})"
+    load = f"model.load_state_dict(load_file({str(path)!r}))"
+    return "; ".join([*imports, "from safetensors.torch import load_file", f"model = {made}", load])

@@ -107,11 +107,11 @@ def _adapt(job: Job, config: OneCell, result: Result, accelerator: Any,
         plan, result.selection = select(job.cell, config, plan, accelerator, progress)
     cell = job.cell(config, plan, accelerator)
     cell.train("train_val", config.folder, config.track_test, progress)
-    sections = cell.finish(result)
     path = config.folder / "adapter.safetensors"
-    if accelerator.is_main_process:
+    if accelerator.is_main_process:  # before scoring, which may fail over a damaged image
         cell.save(path)
         result.file_bytes = path.stat().st_size
+    sections = cell.finish(result)
     _put_training(result, cell)
     return sections, cell.history.rows
 

@@ -76,11 +76,18 @@ def make_model(backbone: Backbone, classes: int, decoder: str, channels: int, *,
 
 @lru_cache(maxsize=4)
 def _splits(spec: str, root: str | None, values: tuple[int, ...], ignore: int | None) -> data.Splits:
-    return load_segmentation(spec, root=root, mask_values=values, ignore_index=ignore)
+    splits = load_segmentation(spec, root=root, mask_values=values, ignore_index=ignore)
+    test: Any = splits.test
+    test.check()
+    return splits
 
 
 def load_splits(config: Config) -> data.Splits:
-    """The data of a cell; listed once for the cells of a sweep that share them, and held out alike for all seeds."""
+    """The data of a cell; listed once for the cells of a sweep that share them, and held out alike for all seeds.
+
+    Raises:
+        DataError: the data are unfit, or a test mask is; the file is named.
+    """
     return _splits(config.data, config.root, config.mask_values, config.ignore_index)
 
 
@@ -107,9 +114,9 @@ class Cell(BaseCell):
 
     @property
     def windows(self) -> Windows:
-        side = self.config.windows
-        if side is None and self.config.data.startswith("bundled"):
-            side = self.spec.size[0]
+        side, fixed = self.config.windows, self.model.fixed
+        if side is None and (fixed or self.config.data.startswith("bundled")):
+            side = min(fixed or self.spec.size)  # type: ignore[arg-type]
         return Windows(side or None, self.config.overlap)
 
     def _images(self, splits: data.Splits, part: str, side: int | None, augment: str | None = None) -> Any:

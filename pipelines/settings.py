@@ -74,7 +74,7 @@ class Common:
     @property
     def data_name(self) -> str:
         """The data without the folders of a path."""
-        return re.sub(r":.*/", ":", self.data)
+        return re.sub(r":.*/(?=.)", ":", re.sub(r"/+(?=$|\?)", "", self.data))
 
     def given_recipe(self) -> dict[str, Any]:
         """The fields of a Recipe that were given."""

@@ -13,7 +13,7 @@ import torch
 
 from visionpeft import cli
 from visionpeft.pipelines.backbone import Backbone, build
-from visionpeft.pipelines.deploy import restore
+from visionpeft.pipelines.deploy import loading_line, restore
 
 timm = pytest.importorskip("timm")
 Image = pytest.importorskip("PIL.Image")
@@ -106,14 +106,12 @@ def test_predict_agrees_with_the_run(runs: Path) -> None:
 def test_merged_weights_load_without_this_library(runs: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "model.safetensors"
     assert cli.main(["merge", str(cell(runs, method)), "--out", str(out)]) == 0
-    program = ("import sys, timm, torch, safetensors.torch as s\n"
-               f"m = timm.create_model('test_vit', num_classes=10, img_size=32).eval()\n"
-               f"m.load_state_dict(s.load_file({str(out)!r}))\n"
+    deployed = restore(cell(runs, method))
+    program = (f"import sys, torch\n{loading_line(deployed, out)}\n"  # what the command prints
                "torch.manual_seed(0)\n"
-               "torch.save(m(torch.randn(2, 3, 32, 32)), sys.argv[1])\n"
+               "torch.save(model.eval()(torch.randn(2, 3, 32, 32)), sys.argv[1])\n"
                "assert 'visionpeft' not in sys.modules\n")
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "y.pt")], check=True)
-    deployed = restore(cell(runs, method))
     torch.manual_seed(0)
     expected = deployed.model(torch.randn(2, 3, 32, 32))
     assert torch.allclose(torch.load(tmp_path / "y.pt"), expected, atol=1e-4)

@@ -25,12 +25,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from visionpeft import attaching, backbones, levers
+from visionpeft import attaching, backbones, binding, levers
 from visionpeft.adapter import Adapter
 from visionpeft.errors import AdapterFileError
 from visionpeft.methods import ALLOCATED, METHODS
 from visionpeft.reversible import BITS
-from visionpeft.sites import Backbone, Site
+from visionpeft.sites import Backbone, Site, inside
 from visionpeft.tuner import Tuner
 
 FORMAT = 1
@@ -267,8 +267,8 @@ def _interpret(
     built = method.adapters(sites, backbone) if sites else {}
     _fill(built, header, tensors, path)
     entries = {(e["path"], e["name"]): e for e in header["tensors"]}
-    _check_tensors(list(entries), backbone, path)
     values = {key: tensors[e["key"]] for key, e in entries.items()}
+    _check_tensors(values, backbone, path)
     sites = sites + [Site(*key, "", "tensor", tuple(values[key].shape)) for key, e in entries.items() if e["site"]]
     trained = [key for key, e in entries.items() if e["train"]]
     tuner = Tuner(backbone, method, name, sites, _memory(header, memory, path))
@@ -316,11 +316,22 @@ def _sites(header: dict[str, Any], backbone: Backbone, path: str | Path) -> list
     return found
 
 
-def _check_tensors(keys: list[tuple[str, str]], backbone: Backbone, path: str | Path) -> None:
-    have = {(p, n) for p, _, n in backbone.named_tensors(buffers=True)}
-    gone = [f"{p}.{n}" for p, n in keys if (p, n) not in have]
+def _check_tensors(values: dict[tuple[str, str], Tensor], backbone: Backbone, path: str | Path) -> None:
+    """The tensors that a file brings must be those of this model, but for the number of classes of a head."""
+    have = {(p, n): binding.original(module, n) for p, module, n in backbone.named_tensors(buffers=True)}
+    gone = [f"{p}.{n}" for p, n in values if (p, n) not in have]
     if gone:
         raise AdapterFileError(f"{path}: the model has no {', '.join(gone[:3])}, which the adapter has a copy of")
+    heads = backbone.heads()
+    for (where, name), value in values.items():
+        first = 1 if inside(where, heads) else 0
+        own = have[where, name]
+        if own is not None and value.shape[first:] != own.shape[first:]:
+            raise AdapterFileError(f"{path}: {where}.{name} is {_size(value)} in the file and {_size(own)} here")
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a single number"
 
 
 @torch.no_grad()

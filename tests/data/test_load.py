@@ -15,6 +15,7 @@ from small_data import truncate, write_image
 
 from visionpeft.data import ImageSet, Splits, check_num_classes, class_weights, expand, load
 from visionpeft.data.arrays import FASHION_ROOTS
+from visionpeft.data.check import check
 from visionpeft.data.sets import ArraySource
 from visionpeft.errors import DataError
 
@@ -336,3 +337,22 @@ def test_import_needs_neither_torchvision_nor_pillow():
     heavy = ("PIL", "torchvision", "timm", "sklearn")
     code = f"import sys, visionpeft.data; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_parts_are_no_classes(tmp_path):
+    """Known in any letters; without one for training refused; but a class may be called "train"."""
+    for part, count in (("Train", 4), ("Testing", 2)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                write_image(tmp_path / "a" / part / name / f"{i}.png", seed=i)
+    splits = load(f"folder:{tmp_path}/a")
+    assert splits.classes == ["cat", "dog"] and len(splits.test) == 4 and len(splits.train_val) == 8
+    (tmp_path / "a" / "Train").rename(tmp_path / "a" / "val")
+    with pytest.raises(DataError, match="found Testing, val/ but no train/"):
+        load(f"folder:{tmp_path}/a")
+    assert [p.message for p in check(tmp_path / "a", "folder")] == [
+        f"{tmp_path}/a: found Testing, val/ but no train/"]
+    for name in ("bus", "train", "car"):
+        for i in range(4):
+            write_image(tmp_path / "b" / name / f"{i}.png", seed=i)
+    assert load(f"folder:{tmp_path}/b").classes == ["bus", "car", "train"]

@@ -191,6 +191,34 @@ def test_images_and_masks_need_a_train_part(tmp_path: Path) -> None:
         load_segmentation(f"folder:{tmp_path}")
 
 
+@pytest.mark.parametrize("train, test", [("Train", "Test"), ("training", "testing")])
+def test_parts_are_known_in_any_letters(tmp_path: Path, train: str, test: str) -> None:
+    """They are not pooled with what is to be tested on."""
+    mask = np.arange(12, dtype=np.uint8).reshape(3, 4) % 2
+    for part, count in ((train, 5), (test, 2)):
+        for index in range(count):
+            pair(tmp_path, f"images/{part}", f"masks/{part}", f"{part}{index}", mask)
+    splits = load_segmentation(f"folder:{tmp_path}")
+    assert [Path(splits.test.path(i)).parent.name for i in range(2)] == [test, test] and len(splits.test) == 2
+
+
+def test_what_is_wrong_with_masks_is_told_at_once(camvid: Path) -> None:
+    splits = load_segmentation(f"folder:{camvid}")
+    splits.test.check()
+    path = Path(splits.test.path(0))
+    write(path, np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(DataError, match=f"{path.name}: the image is 9x9 but its mask"):
+        splits.test.check()
+
+
+@pytest.mark.parametrize("fields, told", [({"classes": ("car", "dog", "car")}, "two classes are called 'car'"),
+                                          ({"classes": ("a", "b"), "values": (0, 70000)}, "70000: expected 0..65535"),
+                                          ({"classes": ("a", "b"), "ignore": (-2,)}, "-2: expected 0..65535")])
+def test_formats_that_no_file_can_have(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        MaskFormat(**fields)
+
+
 def test_voc_layout(tmp_path: Path) -> None:
     root = tmp_path / "VOC2012"
     masks = {"2007_1": [[0, 255], [20, 1]], "2007_2": [[0, 0], [5, 5]], "2007_3": [[0, 2], [255, 2]],

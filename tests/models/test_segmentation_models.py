@@ -38,6 +38,28 @@ def test_logits_are_as_large_as_the_image(name: str, decoder: str) -> None:
         assert model(torch.randn(2, 3, 50, 70)).shape == (2, 5, 50, 70)
 
 
+@pytest.mark.parametrize("decoder", ["dpt", "upernet", "fpn"])
+def test_a_decoder_of_another_width_is_refused(decoder: str, tmp_path) -> None:
+    """Its tensors would stand in the place of ours, and its groups of channels not: another number of classes may."""
+
+    def made(classes: int, channels: int) -> Segmenter:
+        torch.manual_seed(0)
+        encoder = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
+        return segmenter(encoder, classes, decoder, channels)
+
+    model = made(3, 64).eval()
+    tuner = vp.attach(model, vp.LoRA(rank=1), train="head", probe=False)
+    for p in tuner.parameters():
+        nn.init.normal_(p, std=0.1)
+    tuner.save(tmp_path / "a.safetensors")
+    with pytest.raises(vp.errors.AdapterFileError, match=r"decoder\.\S+ is [\dx]+ in the file and [\dx]+ here"):
+        vp.load(made(3, 128), tmp_path / "a.safetensors", probe=False)
+    other, x = made(5, 64).eval(), torch.randn(1, 3, 32, 32)
+    vp.load(other, tmp_path / "a.safetensors", probe=False)
+    with torch.no_grad():
+        assert torch.equal(other(x), model(x)) and other(x).shape[1] == 3
+
+
 @pytest.mark.parametrize("name, decoder", FITS)
 def test_padding_is_what_the_user_would_pad(name: str, decoder: str) -> None:
     model = make(name, decoder)

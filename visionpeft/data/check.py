@@ -66,9 +66,10 @@ def _problem(where: str, message: str) -> Problem:
 
 
 def _check_folder(root: Path) -> tuple[list[Problem], dict[str, str]]:
-    parts: Iterable[Path] = [root]
-    if (root / "train").is_dir():
-        parts = [root / name for names in folder.PARTS.values() for name in names if (root / name).is_dir()]
+    try:
+        parts = list(folder.class_parts(root).values()) or [root]
+    except DataError as error:
+        return [Problem(str(root), None, str(error))], {}
     problems: list[Problem] = []
     images: dict[str, str] = {}
     trained: list[str] | None = None

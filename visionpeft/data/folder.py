@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from visionpeft.data.sets import FileSource, ImageSet, Splits, existing
 from visionpeft.data.splitting import complete
 from visionpeft.errors import DataError
 
-PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 def load_folder(root: str | Path, seed: int = 0) -> Splits:
@@ -21,14 +22,16 @@ def load_folder(root: str | Path, seed: int = 0) -> Splits:
     Classes are the sorted folder names of train. Images deeper inside a class folder count. EXIF rotation is applied.
 
     Raises:
-        DataError: no class folder, an empty one (named), or a class of val or test that train lacks.
+        DataError: no class folder, an empty one (named), a class of val or test that train lacks, or these without
+            train.
     """
     root = existing(root, "image folder")
-    if not (root / "train").is_dir():
+    folders = class_parts(root)
+    if not folders:
         classes = class_folders(root)
         return complete(root.name, classes, read_part(root, classes), seed=seed)
-    classes = class_folders(root / "train")
-    parts = {part: read_part(folder, classes) for part in PARTS if (folder := _part_folder(root, part))}
+    classes = class_folders(folders["train"])
+    parts = {part: read_part(folder, classes) for part, folder in folders.items()}
     return complete(root.name, classes, parts["train"], parts.get("val"), parts.get("test"), seed=seed)
 
 
@@ -74,6 +77,23 @@ def images_below(folder: Path) -> list[str]:
     )
 
 
-def _part_folder(root: Path, part: str) -> Path | None:
-    found = [root / name for name in PARTS[part] if (root / name).is_dir()]
-    return found[0] if found else None
+def class_parts(root: Path) -> dict[str, Path]:
+    """The folders in `root` that hold parts; none where all are classes, of which one may be called "train"."""
+    names = visible_folders(root)
+    called = [name for name in names if name.lower() in chain(*PARTS.values())]
+    if len(called) < len(names) and not any(visible_folders(root / name) for name in called):
+        return {}
+    return part_folders(root)
+
+
+def part_folders(root: Path) -> dict[str, Path]:
+    """The folders in `root` that are called as parts are, in any case of letters.
+
+    Raises:
+        DataError: there are such, and none for training.
+    """
+    here = {name.lower(): root / name for name in visible_folders(root)}
+    found = {part: here[name] for part, names in PARTS.items() for name in names if name in here}
+    if found and "train" not in found:
+        raise DataError(f"{root}: found {', '.join(sorted(p.name for p in found.values()))}/ but no train/")
+    return found

@@ -41,6 +41,10 @@ class MaskFormat:
     def __post_init__(self) -> None:
         if not 0 < len(self.classes) <= IGNORE:
             raise DataError(f"{len(self.classes)} classes: masks hold between 1 and {IGNORE}")
+        if twice := [name for name in self.classes if self.classes.count(name) > 1]:
+            raise DataError(f"two classes are called {twice[0]!r}: name them apart")
+        if wrong := [v for v in (*self._values, *self.ignore) if not 0 <= v < 2**16]:
+            raise DataError(f"mask value {wrong[0]}: expected 0..65535, what a mask file can hold")
         for what, given in (("values", self.values), ("colours", self.colours)):
             if given is not None and len(set(given)) != len(self.classes):
                 raise DataError(f"{len(self.classes)} classes need as many different {what}, got {list(given)}")
@@ -124,6 +128,7 @@ class MaskSource(Protocol):
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Any: ...
+    def size(self, index: int) -> tuple[int, int]: ...
     def mask(self, index: int) -> np.ndarray: ...
     def path(self, index: int) -> str: ...
 
@@ -141,6 +146,14 @@ class PairFiles:
 
     def image(self, index: int) -> Any:
         return read_image(self.images[index], exif=False)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of the image, from the head of its file."""
+        try:
+            with require("PIL.Image", extra="train").open(self.images[index]) as image:
+                return image.size  # type: ignore[no-any-return]
+        except Exception:  # what is wrong with it, reading says
+            return read_image(self.images[index], exif=False).size
 
     def mask(self, index: int) -> np.ndarray:
         pixels = read_mask(self.masks[index], colours=self.format.colours is not None)
@@ -165,6 +178,9 @@ class PairArrays:
     def image(self, index: int) -> Any:
         return require("PIL.Image", extra="train").fromarray(self.pixels[index])
 
+    def size(self, index: int) -> tuple[int, int]:
+        return self.pixels.shape[2], self.pixels.shape[1]
+
     def mask(self, index: int) -> np.ndarray:
         return self.format.decode(self.masks[index], self.path(index))
 
@@ -185,10 +201,23 @@ class MaskedSet(ImageSet):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         stored = self._stored(index)
         image, mask = self.source.image(stored), self.mask(index)
-        if mask.shape != (image.height, image.width):
-            raise DataError(f"{self.source.path(stored)}: the image is {image.width}x{image.height} but its mask "
-                            f"{mask.shape[1]}x{mask.shape[0]}; make both of one size")
+        self._check_size(stored, image.size, mask)
         return (image, mask) if self.transform is None else self.transform(image, mask)
+
+    def _check_size(self, stored: int, size: tuple[int, int], mask: np.ndarray) -> None:
+        if mask.shape != size[::-1]:
+            raise DataError(f"{self.source.path(stored)}: the image is {size[0]}x{size[1]} but its mask "
+                            f"{mask.shape[1]}x{mask.shape[0]}; make both of one size")
+
+    def check(self) -> None:
+        """Read every mask, and of its image the size.
+
+        Raises:
+            DataError: a mask with values that mean nothing, or of another size than its image; it is named.
+        """
+        for index in range(len(self)):
+            stored = self._stored(index)
+            self._check_size(stored, self.source.size(stored), self.mask(index))
 
     def mask(self, index: int) -> np.ndarray:
         """uint8 [H, W] as stored, without the image."""

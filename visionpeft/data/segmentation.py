@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from visionpeft.data.folder import PARTS, images_below
+from visionpeft.data.folder import PARTS, images_below, part_folders
 from visionpeft.data.masks import Colour, MaskedSet, MaskFormat, PairArrays, PairFiles, masked_set, read_mask
 from visionpeft.data.registry import subset_options
 from visionpeft.data.sets import Splits, existing
@@ -91,9 +91,7 @@ def _part_folders(root: Path) -> dict[str, tuple[Path, Path]]:
     both = [_first(root, names) for names in (IMAGES, MASKS)]
     if both[0] and both[1]:
         images, masks = both[0], both[1]
-        found = {part: (images / n, masks / n) for part, names in PARTS.items() for n in names if (images / n).is_dir()}
-        if found and "train" not in found:
-            raise DataError(f"{images}: found {', '.join(p.name for p, _ in found.values())}/ but no train/")
+        found = {part: (folder, masks / folder.name) for part, folder in part_folders(images).items()}
         return found or {"train": (images, masks)}
     found = {}
     for part, names in PARTS.items():

@@ -17,6 +17,7 @@ adapter file. Merges if all that it consists of does.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,6 +35,7 @@ from visionpeft.sites import Backbone, Site, inside
 from visionpeft.targets import APART
 
 ALWAYS = ("cls_token", "class_token", "class_embedding")
+PAPERS = range(20_000, 1_580_001, 20_000)
 UNRANKED = (*ALWAYS, "pos_embed", "position_embedding", "positional_embedding", "position_embeddings")
 
 
@@ -174,24 +176,38 @@ class Matrix:
 
 
 def allocate(model: Any, scores: Mapping[str, Tensor], method: Method | None = None, *, budget: int, alpha: float = 10,
-             beta: float = 5, taus: Iterable[int] = range(20_000, 1_580_001, 20_000)) -> SPT:  # fmt: skip
+             beta: float = 5, taus: Iterable[int] | None = None) -> SPT:  # fmt: skip
     """The allocation whose number of learnt scalars, without head, is nearest to the budget.
 
     Args:
         scores: what `sensitivity` gave for this model.
         alpha, beta: a matrix gets its adapter from 1 / alpha of the adapter's size on, a vector learns from 1 / beta
             of its own on.
-        taus: numbers of selected scalars to try; the paper's by default.
+        taus: numbers of selected scalars to try; by default the paper's, 20,000, 40,000, ..., 1,580,000, and where none
+            of these comes within a tenth of the budget, finer steps around the best.
 
     Raises:
-        MethodError: scores of another model, or `method` acts nowhere.
+        MethodError: scores of another model, `method` acts nowhere, or nothing is selected.
     """
-    taus = sorted(set(taus))
-    ranking = Ranking(Backbone(model), scores, method, most=taus[-1])
-    taus = [tau for tau in taus if tau < ranking.total] or [ranking.total]
-    plans = [ranking.plan(tau, alpha, beta) for tau in taus]
-    best = min(plans, key=lambda plan: abs(plan[0] - budget))
-    return best[1]
+    tried = sorted(set(PAPERS if taus is None else taus))
+    ranking = Ranking(Backbone(model), scores, method, most=tried[-1])
+
+    def best(tried: Iterable[int]) -> tuple[int, int, SPT]:
+        found = [tau for tau in tried if tau < ranking.total] or [ranking.total]
+        plans = [(tau, *plan) for tau in found if (plan := ranking.plan(tau, alpha, beta)) is not None]
+        if not plans:
+            raise MethodError(f"nothing is selected with tau={found[-1]}")
+        return min(plans, key=lambda plan: abs(plan[1] - budget))
+
+    tau, learnt, plan = best(tried)
+    step = PAPERS.step if taus is None else 1
+    while step > 1 and abs(learnt - budget) > budget / 10:
+        around, step = step, max(1, step // 50)
+        tau, learnt, plan = best(range(max(1, tau - around), tau + around + 1, step))
+    if abs(learnt - budget) > budget / 10:
+        warnings.warn(f"SPT was given a budget of {budget:,} scalars, and the nearest allocation has {learnt:,}",
+                      stacklevel=2)
+    return plan
 
 
 class Ranking:
@@ -212,8 +228,8 @@ class Ranking:
         always = [m._parameters[n] for _, m, n in backbone.named_tensors() if n in ALWAYS]
         self.always = sum(p.numel() for p in always if p is not None)
 
-    def plan(self, tau: int, alpha: float, beta: float) -> tuple[int, SPT]:
-        """Number of learnt scalars and allocation for the tau most sensitive ones."""
+    def plan(self, tau: int, alpha: float, beta: float) -> tuple[int, SPT] | None:
+        """Number of learnt scalars and allocation for the tau most sensitive ones; None where they select nothing."""
         chosen = self.order[:tau]
         place = torch.bucketize(chosen, self.starts, right=True) - 1
         count = torch.bincount(place, minlength=len(self.starts) - 1).tolist()
@@ -233,7 +249,7 @@ class Ranking:
         learnt = sum(unit.size for unit in units) + sum(shared.values()) + sum(map(len, entries.values())) + self.always
         learnt += sum(self.vectors[name].numel() for name in vectors)
         if not (units or entries or vectors):
-            raise MethodError(f"nothing is selected with tau={tau}")
+            return None
         structured = [str(site) for unit in units for site in unit.sites]
         return learnt, SPT(method=self.method, structured=structured, sparse=entries, vectors=vectors)
 

@@ -52,7 +52,7 @@ def _settings(result: Any) -> list[str]:
 def _curves(rows: Sequence[dict[str, float]]) -> list[str]:
     if not rows:
         return []
-    series = {key: [row[key] for row in rows if key in row] for key in rows[-1]}
+    series = {key: {row["epoch"]: row[key] for row in rows if key in row} for key in rows[-1]}
     drawn = [page.heading("Training"), page.figure(plots.curves({"train": series["train_loss"]}, "loss"))]
     scores = {key: series[key] for key in series if key not in ("epoch", "lr", "train_loss")}
     for measure in dict.fromkeys(key.partition("_")[2] for key in scores):
@@ -100,10 +100,11 @@ def _data_set(name: str, rows: Sequence[Row], results: Sequence[Any]) -> list[st
     return [*sections, page.paragraphs(["Samples and curves of each run are in the report.html of its folder."])]
 
 
-def _losses(result: Any) -> list[float]:
-    """Training loss of each epoch, from the run's folder."""
+def _losses(result: Any) -> dict[float, float]:
+    """Training loss by epoch, from the run's folder."""
     path = Path(result.folder, "metrics.jsonl")
-    return [json.loads(line)["train_loss"] for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {row["epoch"]: row["train_loss"] for row in rows}
 
 
 NOTE = ("Scores are those of the test set after the last epoch, in per cent, mean over seeds; deviation is the sample "

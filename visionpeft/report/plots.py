@@ -26,11 +26,16 @@ def _svg(figure: Any) -> str:
     return text.getvalue()[text.getvalue().index("<svg"):]
 
 
-def curves(series: Mapping[str, Sequence[float]], label: str) -> str:
-    """One line per series over epochs, as SVG."""
+def _plain(text: str) -> str:
+    """Text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
+
+
+def curves(series: Mapping[str, Mapping[float, float]], label: str) -> str:
+    """One line per series {epoch: value}, as SVG."""
     figure, axes = _figure(5.2, 3.0)
     for name, values in series.items():
-        axes.plot(range(1, len(values) + 1), values, label=name, marker="." if len(values) < 40 else "")
+        axes.plot(list(values), list(values.values()), label=_plain(name), marker="." if len(values) < 40 else "")
     axes.set_xlabel("epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(label)
@@ -44,7 +49,7 @@ def lines(x: Sequence[float], series: Mapping[str, Sequence[float]], across: str
     """One line per series over x, as SVG."""
     figure, axes = _figure(6.4, 3.6)
     for name, values in series.items():
-        axes.plot(x, values, label=name, marker=".")
+        axes.plot(x, values, label=_plain(name), marker=".")
     axes.set_xlabel(across)
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
@@ -55,7 +60,7 @@ def lines(x: Sequence[float], series: Mapping[str, Sequence[float]], across: str
 def bars(names: Sequence[str], values: Sequence[float], errors: Sequence[float], label: str) -> str:
     """Horizontal bars with deviations, as SVG; values in per cent."""
     figure, axes = _figure(6.4, 0.7 + 0.36 * len(names))
-    axes.barh(names, values, xerr=errors, color="#4477aa", ecolor="#222222")
+    axes.barh([_plain(name) for name in names], values, xerr=errors, color="#4477aa", ecolor="#222222")
     axes.invert_yaxis()
     axes.set_xlabel(label)
     for index, value in enumerate(values):
@@ -75,8 +80,9 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> str:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(classes) <= 40:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        names = [_plain(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90)
+        axes.set_yticks(range(len(classes)), names)
     if len(classes) <= 15:
         for (row, column), value in np.ndenumerate(matrix):
             text = int(value) if matrix.max() < 10_000 else f"{100 * share[row, column]:.0f}"
