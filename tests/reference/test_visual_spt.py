@@ -128,8 +128,8 @@ def test_a_larger_budget_buys_more():
 def test_a_budget_is_met_or_it_is_said():
     """The paper's steps of 20,000 are too wide for a small model: finer ones are tried."""
     model, scores = scored()
-    for budget in (2000, 4000):
-        plan = spt.allocate(model, scores, vp.LoRA(rank=2), budget=budget)
+    for budget, method in ((600, None), (2000, vp.LoRA(rank=2)), (4000, None)):
+        plan = spt.allocate(model, scores, method, budget=budget)
         assert abs(vp.attach(model, plan, probe=False).num_parameters - budget) <= budget / 10
         vp.tuners(model)["default"].detach()
     with pytest.warns(UserWarning, match="a budget of 3 scalars, and the nearest allocation has"):
