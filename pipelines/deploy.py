@@ -101,7 +101,10 @@ def _make(backbone: Backbone, metadata: dict[str, Any], pretrained: bool) -> nn.
         return build(backbone, classes, pretrained=pretrained)
     from visionpeft.pipelines.segmentation import make_model
 
-    return make_model(backbone, classes, metadata["decoder"], metadata["channels"], pretrained=pretrained)
+    model = make_model(backbone, classes, metadata["decoder"], metadata["channels"], pretrained=pretrained)
+    if metadata.get("fixed"):
+        model.fixed = tuple(metadata["fixed"])
+    return model
 
 
 def image_files(images: str | Path) -> list[Path]:

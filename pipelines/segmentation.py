@@ -27,7 +27,7 @@ from visionpeft.data.segmentation import load_segmentation
 from visionpeft.data.weights import weights_of_counts
 from visionpeft.errors import DataError
 from visionpeft.metrics.iou import scores_of
-from visionpeft.models.segmentation import Segmenter, segmenter
+from visionpeft.models.segmentation import Segmenter, find_fixed, segmenter
 from visionpeft.pipelines.backbone import Backbone, build
 from visionpeft.pipelines.baselines import colour_table
 from visionpeft.pipelines.cell import MOST_CLASSES, BaseCell
@@ -110,6 +110,7 @@ class Cell(BaseCell):
                            pretrained=not self.scratch, drop_path=self.recipe.drop_path, seed=config.seed)
         spec = data.preprocessing(model.encoder, self.plan.protocol)
         side = config.img_size or min(spec.size)
+        find_fixed(model, side)
         return model, replace(spec, size=(side, side))
 
     @property
@@ -175,7 +176,7 @@ class Cell(BaseCell):
     def metadata(self) -> dict[str, Any]:
         config = self.config
         return {"decoder": config.decoder, "channels": config.channels, "windows": self.windows.side,
-                "overlap": config.overlap}
+                "overlap": config.overlap, "fixed": self.model.fixed}
 
 
 OWN = ("test_mIoU", "best_test_epoch_mIoU")

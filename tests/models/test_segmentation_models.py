@@ -12,7 +12,7 @@ from torch import nn
 import visionpeft as vp
 from visionpeft.memory import live_bytes
 from visionpeft.models import nano
-from visionpeft.models.segmentation import DECODERS, SegmentationError, Segmenter, segmenter
+from visionpeft.models.segmentation import DECODERS, SegmentationError, Segmenter, find_fixed, segmenter
 from visionpeft.training import make_accelerator
 from visionpeft.training.dense import DenseLoss, Windows, score_masks, segment
 
@@ -36,6 +36,25 @@ def test_logits_are_as_large_as_the_image(name: str, decoder: str) -> None:
     model = make(name, decoder)
     with torch.no_grad():
         assert model(torch.randn(2, 3, 50, 70)).shape == (2, 5, 50, 70)
+
+
+def test_encoders_of_one_size_are_found_out() -> None:
+    """They do not say so: a run at another size does. Larger images are then refused by name, smaller ones padded."""
+    any_size = make("test_resnet", "fpn").train()
+    find_fixed(any_size, 32)
+    assert any_size.fixed is None and any_size.training
+    model = segmenter(timm.create_model("maxvit_rmlp_pico_rw_256", num_classes=0, img_size=64), 3, "fpn", 64).eval()
+    with pytest.raises((AssertionError, RuntimeError)):
+        model(torch.zeros(1, 3, 64, 96))
+    find_fixed(model, 64)
+    assert model.fixed == (64, 64)
+    with pytest.raises(SegmentationError, match="takes images of 64x64 only, not 64x96"):
+        model(torch.zeros(1, 3, 64, 96))
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 40, 50)).shape == (1, 3, 40, 50)
+    model.fixed = None
+    with pytest.raises(SegmentationError, match="do not go together on images of 96x96"):
+        find_fixed(model, 96)
 
 
 @pytest.mark.parametrize("decoder", ["dpt", "upernet", "fpn"])

@@ -22,6 +22,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -107,6 +108,31 @@ def segmenter(encoder: nn.Module, classes: int, decoder: str = "linear", channel
     encoder.prune_intermediate_layers(indices, prune_norm=not plain, prune_head=True)  # type: ignore[operator]
     stride = max(info[i][1] for i in indices)
     return Segmenter(encoder, made, indices, plain, 2 * stride if plain and decoder != "linear" else stride)
+
+
+@torch.no_grad()
+def find_fixed(model: Segmenter, side: int) -> None:
+    """Run a segmenter on a square image and on a wider one: an encoder that takes the first alone gets its `fixed`.
+
+    Raises:
+        SegmentationError: it does not take the first either.
+    """
+    if model.fixed is not None:
+        return
+    side += -side % model.multiple
+    mode, x = model.training, torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+    model.eval()
+    try:
+        model(x)
+    except Exception as error:
+        raise SegmentationError(f"{type(model.encoder).__name__} and {type(model.decoder).__name__} do not go together "
+                                f"on images of {side}x{side}: {error}") from error
+    try:
+        model(F.pad(x, (0, model.multiple)))
+    except Exception:  # whatever it is, the size made it
+        model.fixed = (side, side)
+    finally:
+        model.train(mode)
 
 
 def _feature_info(encoder: nn.Module) -> list[tuple[int, int]]:
