@@ -101,8 +101,8 @@ class MoSAAdapter(Adapter):
         """Up and its bias: of all experts, or while training of one at random that stands for all."""
         if self.experts == 1 or not self.training:
             return self.up_weight, self.up_bias
-        own = self.experts * (self.expert == torch.randint(self.experts, (), device=self.expert.device))
-        return self.up_weight * own[:, :-1], self.up_bias * own[:, -1]
+        own = self.expert == torch.randint(self.experts, (), device=self.expert.device)
+        return self.experts * (self.up_weight * own[:, :-1]), self.experts * (self.up_bias * own[:, -1])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         dtype = x.dtype
