@@ -111,6 +111,8 @@ class Cell(BaseCell):
         spec = data.preprocessing(model.encoder, self.plan.protocol)
         side = config.img_size or min(spec.size)
         find_fixed(model, side)
+        if model.fixed and config.windows is None:
+            self.notes.append(f"evaluated by windows of {min(model.fixed)} pixels: the encoder takes one size only")
         return model, replace(spec, size=(side, side))
 
     @property

@@ -33,7 +33,7 @@ class Common:
     """Folder for the runs."""
     lr: float | None = None
     head_lr: float | None = None
-    """Rate of the classifier or decoder, as a multiple of lr."""
+    """Rate of the classifier or decoder, as a multiple of lr; 30 for full fine-tuning, else 1."""
     epochs: int | None = None
     batch_size: int | None = None
     weight_decay: float | None = None
@@ -74,7 +74,7 @@ class Common:
     @property
     def data_name(self) -> str:
         """The data without the folders of a path."""
-        return re.sub(r":.*/(?=.)", ":", re.sub(r"/+(?=$|\?)", "", self.data))
+        return re.sub(r":.*/", ":", re.sub(r"/+(?=$|\?)", "", self.data))
 
     def given_recipe(self) -> dict[str, Any]:
         """The fields of a Recipe that were given."""

@@ -114,6 +114,7 @@ class Adapter(Forgiving):
         """Called when the site's module loads its weight from a state dict; what is wrong with it, if anything is.
 
         Args:
+            weight: (out, in) or (out, in, *kernel), all rows of the module's.
             alone: the state dict has nothing of adapters there.
         """
         return None

@@ -84,8 +84,8 @@ def set_attention(model: nn.Module, backend: str | None = "auto", trained_tokens
         mixins = (MultiheadSite,) if isinstance(module, nn.MultiheadAttention) else ()
         binding.grip(module, USER, AttentionSite, *mixins).attention = (backend, trained_tokens)
     for module, attribute, value in list(_switches(model)):
-        binding.switch(module, USER, attribute, value)
-        binding.throw_switches(module, module.peft, module.peft.active)  # type: ignore[arg-type, union-attr]
+        held = binding.switch(module, USER, attribute, value)
+        binding.throw_switches(module, held, held.active)
     return len(found)
 
 

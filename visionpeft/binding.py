@@ -195,11 +195,12 @@ class Mixin:
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
-        if f"{prefix}weight" in state_dict:
+        weight = self._parameters.get("weight")  # type: ignore[attr-defined]
+        if weight is not None and f"{prefix}weight" in state_dict:
             alone = not any(key.startswith(f"{prefix}{SLOT}.") for key in state_dict)
             boxes: list[Any] = [self.peft._modules[name] for name in self.peft.users if name in self.peft._modules]
             for adapter in [adapter for box in boxes for adapter in box.values() if adapter.kind]:
-                if (wrong := adapter.reloaded(self.weight, alone)) is not None:  # type: ignore[attr-defined]
+                if (wrong := adapter.reloaded(weight, alone)) is not None:
                     errors.append(wrong)
 
 
@@ -323,11 +324,12 @@ def _dress(module: nn.Module, held: Holder) -> None:
     object.__setattr__(module, "__class__", site_class(cls, mixins) if mixins else cls)  # nn.Module's is slow
 
 
-def switch(module: nn.Module, name: str, attribute: str, value: Any) -> None:
-    """Have an attribute set whenever `name` acts, see `throw_switches`."""
+def switch(module: nn.Module, name: str, attribute: str, value: Any) -> Holder:
+    """Have an attribute set whenever `name` acts, see `throw_switches`; gives the module's holder."""
     held = grip(module, name)
     held.saved.setdefault(attribute, getattr(module, attribute))
     held.switches.setdefault(attribute, {})[name] = value
+    return held
 
 
 def throw_switches(module: nn.Module, held: Holder, active: tuple[str, ...]) -> None:

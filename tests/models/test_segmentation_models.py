@@ -54,7 +54,8 @@ def test_encoders_of_one_size_are_found_out() -> None:
         assert model(torch.zeros(1, 3, 40, 50)).shape == (1, 3, 40, 50)
     model.fixed = None
     with pytest.raises(SegmentationError, match="do not go together on images of 96x96"):
-        find_fixed(model, 96)
+        find_fixed(model.train(), 96)
+    assert model.training and model.fixed is None
 
 
 @pytest.mark.parametrize("decoder", ["dpt", "upernet", "fpn"])

@@ -205,6 +205,11 @@ def test_vtab_takes_the_published_recipe(make: Any) -> None:
     assert lora.fields["rank"] == 8 and lora.recipe.lr == 0.5 and lora.protocol == "vtab-imagenet"
 
 
+def test_data_are_named_without_their_folders() -> None:
+    names = {spec: Config(data=spec).data_name for spec in ("folder:/a/b/", "folder:b", "npz:/a/c.npz?train=9&test=3")}
+    assert list(names.values()) == ["folder:b", "folder:b", "npz:c.npz?train=9&test=3"]
+
+
 def test_warm_up_keeps_its_share() -> None:
     assert plan_for(Config(data="vtab:dtd", epochs=20)).recipe.warmup_epochs == 2
     assert plan_for(Config(data="digits", epochs=1)).recipe.warmup_epochs == 0

@@ -63,12 +63,13 @@ def test_the_head_has_its_own_rate() -> None:
     assert rate[1.0, 3, "head.weight"][1] == 0.1 and rate[1.0, 3, "blocks.0.attn.qkv.bias"][1] == 0
 
 
-def test_a_rate_for_the_head_spares_from_decay_what_timm_spares() -> None:
+@pytest.mark.parametrize("decay_1d", [True, False])
+def test_a_rate_for_the_head_spares_from_decay_what_timm_spares(decay_1d: bool) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
     names = {id(p): name for name, p in model.named_parameters()}
     decays = [{names[id(p)]: group["weight_decay"] for group in make_optimizer(model, recipe).param_groups
                for p in group["params"]}
-              for recipe in (Recipe(weight_decay=0.1, decay_1d=False, head_lr=times) for times in (1.0, 30.0))]
+              for recipe in (Recipe(weight_decay=0.1, decay_1d=decay_1d, head_lr=times) for times in (1.0, 30.0))]
     assert decays[0] == decays[1] and decays[0]["pos_embed"] == 0
 
 

@@ -123,13 +123,14 @@ def find_fixed(model: Segmenter, side: int) -> None:
     mode, x = model.training, torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
     model.eval()
     try:
-        model(x)
-    except Exception as error:
-        raise SegmentationError(f"{type(model.encoder).__name__} and {type(model.decoder).__name__} do not go together "
-                                f"on images of {side}x{side}: {error}") from error
-    try:
-        model(F.pad(x, (0, model.multiple)))
-    except Exception:  # whatever it is, the size made it
+        for width in (side, side + model.multiple):
+            model(F.pad(x, (0, width - side)))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever it is: models of one size fail in ways of their own
+        if width == side:
+            raise SegmentationError(f"{type(model.encoder).__name__} and {type(model.decoder).__name__} do not go "
+                                    f"together on images of {side}x{side}: {error}") from error
         model.fixed = (side, side)
     finally:
         model.train(mode)

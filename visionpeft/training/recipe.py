@@ -101,7 +101,8 @@ def _with_head(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     head = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
     timm = require("timm.optim", extra="timm")
     found = []
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    spares: Any = getattr(model, "no_weight_decay", None)
+    spared = () if spares is None else spares()
     for group in timm.param_groups_weight_decay(model, recipe.weight_decay, not recipe.decay_1d, spared):
         for scale, inside in ((1.0, False), (recipe.head_lr, True)):
             if params := [p for p in group["params"] if (id(p) in head) == inside]:
