@@ -109,12 +109,12 @@ class SHiRAAdapter(Adapter):
 
     def __init__(self, shape: tuple[int, ...], places: Tensor, **kw: Any) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.columns = shape, sparse.Columns()
         self.register_buffer("places", places)
         self.values = nn.Parameter(torch.zeros(len(places), **kw))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return sparse.add(x, y, self.values, self.places, self.shape, self.route)
+        return sparse.add(x, y, self.values, self.places, self.shape, self.columns, self.route)
 
     def weight(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w.flatten().scatter_add(0, self.places, self.values.to(w.dtype)).view(w.shape), b

@@ -104,7 +104,7 @@ class SparseDelta(Adapter):
 
     def __init__(self, index: Any, shape: tuple[int, ...], **kw: Any) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.columns = shape, sparse.Columns()
         self.values = nn.Parameter(torch.zeros(self.count(index), **kw))
         known = torch.zeros(index) if isinstance(index, int) else torch.as_tensor(index)
         self.register_buffer("index", known.to(kw["device"], torch.int32))
@@ -121,7 +121,7 @@ class SparseDelta(Adapter):
         return w + sparse.matrix(self.values, self.index, self.shape).view_as(w), b
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return sparse.add(x, y, self.values, self.index, self.shape, self.route)
+        return sparse.add(x, y, self.values, self.index, self.shape, self.columns, self.route)
 
 
 # ---- sensitivity ----------------------------------------------------------------------------------------------------
