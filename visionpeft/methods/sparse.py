@@ -43,10 +43,16 @@ class Columns:
                 self.known = places, places._version, columns.long(), narrow
         return self.known[2:]
 
+    def __reduce__(self) -> tuple[type[Columns], tuple[()]]:
+        return Columns, ()  # a copy looks for itself: versions of copied places count anew
+
 
 def add(x: Tensor, y: Tensor, values: Tensor, places: Tensor, shape: tuple[int, ...], columns: Columns,
         route: str = "rebuild") -> Tensor:  # fmt: skip
-    """y + x S^T: x (..., in), y (..., out), a fresh tensor of y's shape and dtype."""
+    """y + x S^T: x (..., in), y (..., out), a fresh tensor of y's shape and dtype.
+
+    values (k) stand at the flat indices `places` (k) of S, whose shape is (out, in); `columns` is the adapter's own.
+    """
     if route == "plain" or lowrank.is_traced(x):
         return y + F.linear(x.to(y.dtype), matrix(values, places, shape).to(y.dtype))
     chosen, narrow = columns(places, shape[1])
@@ -67,12 +73,11 @@ def _matrix(values: Tensor, places: Tensor, out: int, x2: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, y: Tensor, values: Tensor, columns: Tensor | None, places: Tensor) -> Tensor:
-    sum_ = y.new_empty(y.shape)  # no view: the caller may write to it
-    out = y.shape[-1]
+    z, out = y.new_empty(y.shape), y.shape[-1]  # no view: the caller may write to it
     with torch.autocast(x.device.type, enabled=False):
         x2 = _rows(x, columns, y.dtype)
-        torch.addmm(y.reshape(-1, out), x2, _matrix(values, places, out, x2).t(), out=sum_.view(-1, out))
-    return sum_
+        torch.addmm(y.reshape(-1, out), x2, _matrix(values, places, out, x2).t(), out=z.view(-1, out))
+    return z
 
 
 class _Sparse(torch.autograd.Function):
